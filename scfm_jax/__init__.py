@@ -1,0 +1,3 @@
+"""Pretrain spatial single-cell foundation models in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,258 @@
+"""Which cells a model may learn from and which judge it: held-out means held out in space.
+
+A cell beside a test cell shares tissue, segmentation errors and neighbours with it, so random test cells
+flatter a spatial model. Test cells here are whole slides, or spatial blocks with a margin of cells around
+them that nobody uses. Every part of the package that holds cells out calls `split_cells`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32, Int64
+
+from scfm_jax.corpus.reader import Corpus
+from scfm_jax.errors import InputError
+
+CHUNK = 1 << 16
+UNLABELLED = "(unlabelled)"
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """What is held out, and how far training cells stay from it.
+
+    Attributes
+    ----------
+    held_out
+        Patterns (``*``, ``?``, ``[...]``) on names of slides: the test cells are all cells of the slides
+        that match (sections, donors, or planes that overlie each other, which must go together). Empty:
+        spatial blocks.
+    blocks
+        Each spatial slide is cut into ``blocks`` columns of equal numbers of cells along x, each column into
+        ``blocks`` blocks of equal numbers along y: equal counts, since tissue seldom fills its rectangle. A
+        dissociated slide is cut into as many random groups.
+    n_folds, fold
+        The blocks of each slide are dealt to the folds at random; those of ``fold`` are the test cells. Not
+        used with ``held_out``.
+    margin
+        K, the neighbours that count. Fix it for a whole study at the largest k compared, so that all models
+        learn from the same cells.
+    context
+        Whether a test cell and a training cell may have a neighbour in common, as unlabelled context.
+    min_kept
+        Smallest share of the cells outside the test set that must be left to train on.
+    seed
+        Decides the folds and the random groups; the split of a slide does not depend on the other slides.
+    """
+
+    held_out: tuple[str, ...] = ()
+    blocks: int = 8
+    n_folds: int = 5
+    fold: int = 0
+    margin: int = 64
+    context: Literal["separate", "shared"] = "separate"
+    min_kept: float = 0.3
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Cells by role; cells that are in neither list are the margin.
+
+    Attributes
+    ----------
+    train, test
+        Global cell numbers, ascending.
+    block
+        Spatial block of every cell of the corpus, numbered over all slides: what a bootstrap resamples.
+    report
+        ``held_out`` (names of slides), ``n_folds`` and ``fold`` (``None`` with held-out slides),
+        ``margin``, ``context``, ``cells`` (numbers of ``train``, ``test`` and ``margin``, and ``kept``, the
+        share ``train / (train + margin)``), and ``classes``: the same four by label and class. JSON can
+        hold it.
+    """
+
+    train: Int64[np.ndarray, " n"]
+    test: Int64[np.ndarray, " m"]
+    block: Int32[np.ndarray, " cells"]
+    report: dict[str, Any]
+
+
+def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = ()) -> Split:
+    """Split the cells of a corpus into training, test and margin.
+
+    A cell outside the test set leaves training if a test cell is among its K neighbours, or if it is among
+    a test cell's K. With ``context="separate"`` it leaves as well if its receptive field (the cell and its
+    K neighbours) shares any cell with that of a test cell. Neighbours never cross slides, so whole held-out
+    slides need no margin.
+
+    Parameters
+    ----------
+    corpus
+        An open corpus. Memory is bounded by a few bytes a cell; neighbours are read `CHUNK` cells at a time.
+    config
+        The split.
+    labels
+        Label columns by whose classes the report counts.
+
+    Raises
+    ------
+    InputError
+        A field out of its range, K over what the corpus stored, a pattern that matches no slide, patterns
+        that match all, no test cells, or fewer training cells kept than ``min_kept``.
+    """
+    _check(corpus, config)
+    block = _cut_blocks(corpus, config)
+    is_test = _held_out_slides(corpus, config) if config.held_out else _held_out_blocks(corpus, config, block)
+    if not is_test.any():
+        raise InputError(corpus.path, f"fold {config.fold} holds no cell", "lower n_folds or raise blocks")
+    is_train = ~is_test & ~_margin(corpus, config, is_test)
+
+    held_out = {corpus.slides[number].name for number in corpus.slide_of(np.flatnonzero(is_test))}
+    report: dict[str, Any] = {
+        "held_out": sorted(held_out) if config.held_out else [],
+        "n_folds": None if config.held_out else config.n_folds,
+        "fold": None if config.held_out else config.fold,
+        "margin": config.margin,
+        "context": config.context,
+        "cells": _count(is_train, is_test, np.ones(corpus.n_cells, bool)),
+        "classes": {name: _count_classes(corpus, name, is_train, is_test) for name in labels},
+    }
+    kept = report["cells"]["kept"]
+    if kept < config.min_kept or not is_train.any():
+        problem = f"margin {config.margin} ({config.context}) keeps {kept:.0%} of the cells to train on"
+        mend = "lower margin or blocks, allow context 'shared', hold out whole slides"
+        raise InputError(corpus.path, problem, f"{mend}, or lower min_kept = {config.min_kept:.0%}")
+    return Split(np.flatnonzero(is_train), np.flatnonzero(is_test), block, report)
+
+
+def _check(corpus: Corpus, config: SplitConfig) -> None:
+    checks = {
+        "blocks": (config.blocks >= 1, "give 1 or more"),
+        "n_folds": (
+            2 <= config.n_folds <= config.blocks**2,
+            f"give 2 to blocks x blocks = {config.blocks**2}",
+        ),
+        "fold": (0 <= config.fold < config.n_folds, f"give 0 to n_folds - 1 = {config.n_folds - 1}"),
+        "margin": (
+            0 <= config.margin <= corpus.n_neighbours,
+            f"give 0 to {corpus.n_neighbours}, the neighbours that the corpus stored, or build it with more",
+        ),
+        "context": (config.context in ("separate", "shared"), 'give "separate" or "shared"'),
+        "min_kept": (0 <= config.min_kept <= 1, "give a share from 0 to 1"),
+    }
+    if config.held_out:
+        del checks["n_folds"], checks["fold"]
+    for name, (valid, mend) in checks.items():
+        if not valid:
+            raise InputError(corpus.path, f"split.{name} is {getattr(config, name)!r}, out of range", mend)
+
+
+def _slides(corpus: Corpus) -> Iterator[slice]:
+    """Rows of each slide."""
+    return map(slice, corpus.slide_starts[:-1].tolist(), corpus.slide_starts[1:].tolist())
+
+
+def _random(config: SplitConfig, name: str, purpose: str) -> np.random.Generator:
+    return np.random.default_rng([config.seed, *f"{purpose} {name}".encode()])
+
+
+def _cut_blocks(corpus: Corpus, config: SplitConfig) -> Int32[np.ndarray, " cells"]:
+    block = np.empty(corpus.n_cells, np.int32)
+    for number, (slide, rows) in enumerate(zip(corpus.slides, _slides(corpus))):
+        n_blocks = config.blocks**2
+        if slide.spatial:
+            index = np.arange(rows.start, rows.stop)
+            within = _grid(corpus.column("x", index), corpus.column("y", index), config.blocks)
+        else:
+            order = _random(config, slide.name, "groups").permutation(slide.n_cells)
+            within = order * n_blocks // slide.n_cells
+        block[rows] = within + number * n_blocks
+    return block
+
+
+def _grid(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], blocks: int) -> Int64[np.ndarray, " n"]:
+    """Columns of equal counts along x, cut into blocks of equal counts along y."""
+    n = len(x)
+    column = np.empty(n, np.int64)
+    column[np.argsort(x, kind="stable")] = np.arange(n) * blocks // n
+    order = np.lexsort((y, column))
+    size = np.bincount(column, minlength=blocks)
+    start = np.cumsum(size) - size
+    row = np.empty(n, np.int64)
+    row[order] = (np.arange(n) - start[column[order]]) * blocks // size[column[order]]
+    return column * blocks + row
+
+
+def _held_out_blocks(
+    corpus: Corpus, config: SplitConfig, block: Int32[np.ndarray, " cells"]
+) -> Bool[np.ndarray, " cells"]:
+    dealt = np.arange(config.blocks**2) % config.n_folds
+    fold = np.concatenate(
+        [_random(config, slide.name, "folds").permutation(dealt) for slide in corpus.slides]
+    )
+    return fold[block] == config.fold
+
+
+def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " cells"]:
+    names = [slide.name for slide in corpus.slides]
+    for pattern in config.held_out:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            mend = f"the slides are {', '.join(names)}"
+            raise InputError(corpus.path, f"split.held_out {pattern!r} matches no slide", mend)
+    held_out = np.array([any(fnmatchcase(name, pattern) for pattern in config.held_out) for name in names])
+    if held_out.all():
+        mend = f"leave some to train on; the slides are {', '.join(names)}"
+        raise InputError(corpus.path, f"split.held_out {', '.join(config.held_out)} matches all slides", mend)
+    return np.repeat(held_out, np.diff(corpus.slide_starts))
+
+
+def _margin(
+    corpus: Corpus, config: SplitConfig, is_test: Bool[np.ndarray, " cells"]
+) -> Bool[np.ndarray, " cells"]:
+    beside_test = np.zeros(corpus.n_cells, bool)
+    # Only a slide with both kinds has a margin.
+    both = [rows for rows in _slides(corpus) if is_test[rows].any() and not is_test[rows].all()]
+    for _, near in _neighbours(corpus, config.margin, is_test, both):
+        beside_test[near[near >= 0]] = True
+    out_of_reach = is_test | beside_test if config.context == "separate" else is_test
+    margin = beside_test & ~is_test
+    for cells, near in _neighbours(corpus, config.margin, ~is_test, both):
+        margin[cells] |= (out_of_reach[near] & (near >= 0)).any(axis=1)
+    return margin
+
+
+def _neighbours(
+    corpus: Corpus, k: int, among: Bool[np.ndarray, " cells"], slides: Sequence[slice]
+) -> Iterator[tuple[Int64[np.ndarray, " chunk"], Int64[np.ndarray, "chunk k"]]]:
+    for rows in slides:
+        cells = rows.start + np.flatnonzero(among[rows])
+        for start in range(0, len(cells), CHUNK):
+            chunk = cells[start : start + CHUNK]
+            yield chunk, corpus.neighbours(chunk, k)
+
+
+def _count(
+    is_train: Bool[np.ndarray, " cells"],
+    is_test: Bool[np.ndarray, " cells"],
+    among: Bool[np.ndarray, " cells"],
+) -> dict[str, Any]:
+    train, test = int((is_train & among).sum()), int((is_test & among).sum())
+    outside = int(among.sum()) - test
+    kept = train / outside if outside else 0.0
+    return {"train": train, "test": test, "margin": outside - train, "kept": kept}
+
+
+def _count_classes(
+    corpus: Corpus, name: str, is_train: Bool[np.ndarray, " cells"], is_test: Bool[np.ndarray, " cells"]
+) -> dict[str, dict[str, Any]]:
+    codes, classes = corpus.labels(name)
+    counts = {title: _count(is_train, is_test, codes == code) for code, title in enumerate(classes)}
+    if (codes < 0).any():
+        counts[UNLABELLED] = _count(is_train, is_test, codes < 0)
+    return counts

@@ -1,0 +1,56 @@
+"""The batch that crosses from the host to the device."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import numpy as np
+from jaxtyping import Float, Int, UInt32
+
+Array = jax.Array | np.ndarray
+
+
+@chex.dataclass(frozen=True)
+class TissueBatch:
+    """Fixed-shape samples of a centre cell and its k nearest neighbours (``c = k + 1`` cells, the centre first).
+
+    Attributes
+    ----------
+    genes
+        Vocabulary index of each token; the two indices after the last gene are the depth tokens.
+    counts
+        Raw count; 0 at depth tokens and padding.
+    cells
+        Which cell of the sample a token belongs to: 0 the centre, 1 the nearest neighbour; -1 is padding.
+    slots
+        Place of the token's gene in `decoder_genes`; -1 where it has none.
+    totals
+        Total count of each cell over the vocabulary's genes; 0 where there is no such neighbour.
+    offsets
+        x and y of each cell relative to the centre, in um.
+    target_sum
+        Median total of the sample's slide.
+    decoder_genes
+        Genes to decode, right-padded with -1: the slide's panel (or the whole vocabulary) and the depth tokens.
+    decoder_counts
+        The centre's raw count of each of them; -1 where it was not measured, at depth tokens and at padding.
+    index
+        The centre's number in the corpus.
+    draw
+        The step of the mask.
+    weight
+        1 for a real sample, 0 for one that fills the last batch of an evaluation.
+    """
+
+    genes: Int[Array, "b s"]
+    counts: Int[Array, "b s"]
+    cells: Int[Array, "b s"]
+    slots: Int[Array, "b s"]
+    totals: Int[Array, "b c"]
+    offsets: Float[Array, "b c 2"]
+    target_sum: Float[Array, " b"]
+    decoder_genes: Int[Array, "b p"]
+    decoder_counts: Int[Array, "b p"]
+    index: UInt32[Array, " b"]
+    draw: UInt32[Array, " b"]
+    weight: Float[Array, " b"]

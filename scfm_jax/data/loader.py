@@ -1,0 +1,261 @@
+"""The loader: the batch of step t as a pure function of (seed, t), on any number of hosts.
+
+A window is a run of consecutive steps. Every virtual shard reads the samples of a window at once, sorts them by the tokens
+that survive the mask, and deals them to the window's steps in that order, so that rows of a batch are about equally long
+and little is padding; the steps of a window then follow in an order drawn by the seed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import grain
+import numpy as np
+from jaxtyping import Int64
+
+from scfm_jax.corpus import BLOCK, Corpus
+from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.ladder import Ladder, fit_ladder
+from scfm_jax.data.masks import MaskRates
+from scfm_jax.data.stream import ShardStreams
+from scfm_jax.data.tokens import SampleConfig, SampleReader, Samples
+from scfm_jax.errors import InputError
+
+_CALIBRATION_WINDOWS = 2
+_WINDOW_ORDER = 3  # beside the purposes of `stream`
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How samples become batches.
+
+    Attributes
+    ----------
+    sample
+        What a sample holds.
+    batch_size
+        Samples of a step, over all hosts.
+    virtual_shards
+        V independent streams, fixed for the life of a run: V divides the batch size, and the number of hosts
+        divides V.
+    window
+        Steps whose samples are sorted by length together.
+    rungs
+        Static lengths that typical batches are padded to; each costs a compilation.
+    length_multiple
+        Lengths are multiples of it (128 suits an accelerator).
+    pool_blocks
+        Blocks of 64 cells that are shuffled together.
+    prefetch
+        Batches made ahead of the step.
+    """
+
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    batch_size: int = 32
+    virtual_shards: int = 1
+    window: int = 64
+    rungs: int = 8
+    length_multiple: int = 8
+    pool_blocks: int = 256
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.virtual_shards:
+            raise InputError(
+                "data.virtual_shards",
+                f"{self.virtual_shards} does not divide data.batch_size, {self.batch_size}",
+                "choose a divisor",
+            )
+
+
+@dataclass
+class _Window:
+    """Samples of one window, by virtual shard, and which of them go to which step."""
+
+    samples: list[Samples]
+    rows: list[list[Int64[np.ndarray, " r"]]]  # [shard][step of the window]
+    lengths: list[tuple[int, int]]  # [step]: longest row of tokens and of decoded genes
+
+
+class TissueLoader:
+    """Training batches.
+
+    Parameters
+    ----------
+    corpus
+        Open corpus.
+    centres
+        Cells to train on, ascending.
+    config
+        How samples become batches.
+    seed
+        Of the experiment: order and masks.
+    rates
+        Of the mask.
+    host
+        This host's number and how many there are; it gets a contiguous run of shards and their rows of the batch.
+
+    Raises
+    ------
+    InputError
+        No cells, fewer blocks than shards, or hosts that do not divide the shards.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        centres: Int64[np.ndarray, " n"],
+        config: DataConfig,
+        *,
+        seed: int,
+        rates: MaskRates | None,
+        host: tuple[int, int] = (0, 1),
+    ) -> None:
+        if not len(centres):
+            raise InputError(corpus.path, "has no cell to train on", "loosen the split or the filters")
+        number, hosts = host
+        if config.virtual_shards % hosts:
+            raise InputError(
+                "data.virtual_shards",
+                f"{hosts} hosts do not divide {config.virtual_shards} shards",
+                "choose a multiple of the hosts",
+            )
+        self.config, self._seed, self._rates = config, seed, rates
+        self._rows = config.batch_size // config.virtual_shards
+        own = config.virtual_shards // hosts
+        self._own = range(number * own, (number + 1) * own)
+        self._reader = SampleReader(corpus, config.sample)
+        self._streams = ShardStreams(
+            centres,
+            block_numbers(corpus, centres),
+            n_shards=config.virtual_shards,
+            seed=seed,
+            pool_blocks=config.pool_blocks,
+        )
+        self.cells_per_epoch = len(centres)
+        self._windows: OrderedDict[int, _Window] = OrderedDict()
+        self._lock = threading.Lock()
+        observed = np.array(
+            [length for number in range(_CALIBRATION_WINDOWS) for length in self._window(number).lengths]
+        )
+        self.token_ladder, self.decoder_ladder = (
+            fit_ladder(lengths, n_rungs=rungs, multiple=config.length_multiple, longest=longest)
+            for lengths, rungs, longest in (
+                (observed[:, 0], config.rungs, self._reader.longest),
+                (observed[:, 1], config.rungs, self._reader.longest_decoder),
+            )
+        )
+
+    def batch(self, step: int) -> TissueBatch:
+        """This host's rows of the batch of `step`, NumPy arrays."""
+        number, place = divmod(step, self.config.window)
+        window = self._window(number)
+        longest, longest_decoder = window.lengths[place]
+        length = self.token_ladder.rung(longest)
+        decoder_length = self.decoder_ladder.rung(longest_decoder)
+        parts = [
+            window.samples[shard].collate(window.rows[shard][place], length, decoder_length, self._rows)
+            for shard in self._own
+        ]
+        return TissueBatch(
+            **{name: np.concatenate([part[name] for part in parts]) for name in parts[0].keys()}  # noqa: SIM118
+        )
+
+    def iterate(self, start: int, stop: int) -> Iterator[TissueBatch]:
+        """Batches of steps `start` to `stop`, made ahead in a thread (Grain)."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
+        steps = grain.MapDataset.source(_Steps(self, stop))[start:]
+        return iter(steps.to_iter_dataset(options))
+
+    def _window(self, number: int) -> _Window:
+        with self._lock:
+            if number not in self._windows:
+                self._windows[number] = self._read_window(number)
+                if len(self._windows) > 2:
+                    self._windows.popitem(last=False)
+            return self._windows[number]
+
+    def _read_window(self, number: int) -> _Window:
+        steps, per_window = self.config.window, self.config.window * self._rows
+        order = np.random.default_rng([self._seed, _WINDOW_ORDER, number]).permutation(steps)
+        samples, rows, lengths = [], [], np.zeros((steps, 2), np.int64)
+        # The static length of a step must hold the rows of all hosts, so each host measures all shards.
+        for shard in range(self.config.virtual_shards):
+            cells = self._streams.draw(shard, number * per_window, (number + 1) * per_window)
+            read = self._reader.read(cells, draw=number * steps, seed=self._seed, rates=self._rates)
+            groups = order_by_length(read).reshape(steps, self._rows)
+            for place, group in zip(order, groups, strict=True):
+                longest = read.tokens.lengths[group].max(), read.decoder.lengths[group].max()
+                lengths[place] = np.maximum(lengths[place], longest)
+            samples.append(read)
+            rows.append([groups[rank] for rank in np.argsort(order)])
+        return _Window(samples, rows, [(int(tokens), int(genes)) for tokens, genes in lengths])
+
+
+class _Steps:
+    """Grain's random-access source whose element t is the batch of step t."""
+
+    def __init__(self, loader: TissueLoader, n_steps: int) -> None:
+        self._loader, self._n_steps = loader, n_steps
+
+    def __len__(self) -> int:
+        return self._n_steps
+
+    def __getitem__(self, step: int) -> TissueBatch:
+        return self._loader.batch(int(step))
+
+
+def evaluation_batches(
+    corpus: Corpus,
+    centres: Int64[np.ndarray, " n"],
+    config: DataConfig,
+    *,
+    seed: int,
+    rates: MaskRates | None,
+    draw: int,
+) -> Iterator[tuple[Int64[np.ndarray, " b"], TissueBatch]]:
+    """Every centre once, in batches of about equal length, with the place of each row in `centres`.
+
+    The mask is that of step `draw`, the same at every evaluation. Only the last batch is filled up, with rows of weight 0.
+    """
+    reader = SampleReader(corpus, config.sample)
+    window = config.window * config.batch_size
+    multiple = config.length_multiple
+    for start in range(0, len(centres), window):
+        samples = reader.read(centres[start : start + window], draw=draw, seed=seed, rates=rates)
+        order = order_by_length(samples)
+        for first in range(0, len(order), config.batch_size):
+            rows = order[first : first + config.batch_size]
+            length, decoder_length = (
+                _coarse(int(ragged.lengths[rows].max()), multiple) for ragged in (samples.tokens, samples.decoder)
+            )
+            yield start + rows, samples.collate(rows, length, decoder_length, config.batch_size)
+
+
+def order_by_length(samples: Samples) -> Int64[np.ndarray, " n"]:
+    """Samples by decoded genes, and among equals by tokens: shortest first and longest first in turn.
+
+    Where one panel ends and the next begins, rows of like length meet, and a batch across the border pads little.
+    """
+    classes = np.unique(samples.decoder.lengths, return_inverse=True)[1]
+    direction = np.where(classes % 2, -1, 1)
+    return np.lexsort((direction * samples.tokens.lengths, classes))
+
+
+def _coarse(length: int, multiple: int) -> int:
+    """`length` rounded up to an eighth of its power of two, so that an evaluation compiles few shapes."""
+    step = max(multiple, 1 << max(length.bit_length() - 3, 0))
+    return -(-length // step) * step
+
+
+def block_numbers(corpus: Corpus, cells: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """The block of 64 that each cell is stored in, numbered over the corpus."""
+    blocks = -(-np.diff(corpus.slide_starts) // BLOCK)
+    slides = corpus.slide_of(cells)
+    return (np.cumsum(blocks) - blocks)[slides] + (cells - corpus.slide_starts[slides]) // BLOCK
+
+
+__all__ = ["DataConfig", "Ladder", "TissueLoader", "block_numbers", "evaluation_batches"]

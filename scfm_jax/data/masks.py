@@ -1,0 +1,88 @@
+"""Which genes are masked: a pure function of (seed, step, cell, gene), with the same bits in NumPy and in JAX.
+
+One uniform number belongs to every sample and gene, from the counter-based generator Threefry-2x32 (Salmon et al., SC 2011).
+It depends neither on the number of neighbours nor on padding, row or packing, so that models that see different context are
+scored on the same masked genes, and the loader knows what the jitted loss will mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int, Integer, UInt32
+
+Words = TypeVar("Words", np.ndarray, jax.Array)
+
+_PARITY = np.uint32(0x1BD11BDA)
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+
+
+def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Words, Words]:
+    """Twenty rounds of Threefry-2x32 over uint32 arrays that broadcast together, NumPy's or JAX's."""
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    x0, x1 = counter[0] + schedule[0], counter[1] + schedule[1]
+    for group in range(5):
+        for rotation in _ROTATIONS[group % 2]:
+            x0 = x0 + x1
+            x1 = ((x1 << np.uint32(rotation)) | (x1 >> np.uint32(32 - rotation))) ^ x0
+        x0 = x0 + schedule[(group + 1) % 3]
+        x1 = x1 + (schedule[(group + 2) % 3] + np.uint32(group + 1))
+    return x0, x1
+
+
+def mask_bits(
+    seed: UInt32[Words, "2"],
+    step: UInt32[Words, " n"],
+    cell: UInt32[Words, " n"],
+    gene: Integer[Words, "n g"],
+) -> UInt32[Words, "n g"]:
+    """The uniform 32 bits of each (sample, gene).
+
+    Parameters
+    ----------
+    seed
+        Two words; `jax.random.key_data` of a key.
+    step
+        When the sample was drawn. Evaluation keeps it constant.
+    cell
+        The centre's number in the corpus.
+    gene
+        Vocabulary indices.
+    """
+    sample = threefry2x32((seed[:1], seed[1:]), (step, cell))
+    genes = gene.astype(np.uint32)
+    return threefry2x32((sample[0][:, None], sample[1][:, None]), (genes, genes ^ genes))[0]
+
+
+@dataclass(frozen=True)
+class MaskRates:
+    """Shares of a centre's measured genes that are masked: of those with counts, and of those without."""
+
+    nonzero: float
+    zero: float
+
+
+def column_mask(
+    bits: UInt32[Words, "n g"], counts: Int[Words, "n g"], rates: MaskRates
+) -> Bool[Words, "n g"]:
+    """Masked where the bits fall under the rate of the centre's count.
+
+    Parameters
+    ----------
+    bits
+        From `mask_bits`.
+    counts
+        The centre's counts; -1 where the gene was not measured, which is never masked.
+    rates
+        Compared as ``bits < rate * 2**32``.
+    """
+    nonzero, zero = (np.uint32(min(round(rate * 2**32), 2**32 - 1)) for rate in (rates.nonzero, rates.zero))
+    return ((counts > 0) & (bits < nonzero)) | ((counts == 0) & (bits < zero))
+
+
+def seed_words(seed: int) -> UInt32[np.ndarray, "2"]:
+    """The two words that `jax.random.key(seed)` holds."""
+    return np.array([0, seed], np.uint32)

@@ -1,0 +1,25 @@
+"""What a user's mistake looks like: one line that names the file, the field and the mend."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input, told in one line: where it is, what is wrong with which field, and how to mend it.
+
+    Parameters
+    ----------
+    where
+        The file, folder, recipe or flag at fault.
+    problem
+        What is wrong, naming the field.
+    mend
+        What the user can do about it.
+    """
+
+    def __init__(self, where: object, problem: str, mend: str) -> None:
+        self.where, self.problem, self.mend = str(where), problem, mend
+        super().__init__(" ".join(f"{self.where}: {problem}; {mend}".split()))
+
+
+class DataWarning(UserWarning):
+    """Input that can be used but probably is not what the user means; printed, never raised by the command."""

@@ -1,0 +1,174 @@
+"""AIDO.Tissue: an encoder over the expressed genes of a cell and its neighbours, a decoder over the cell alone.
+
+Follows the model of GenBio's AIDO.Tissue (bioRxiv 2025) on the asymmetric design of xTrimoGene (NeurIPS 2023). What is not
+public there (decoder block type, feed-forward width) is ours and said to be ours in ``docs/models.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from scfm_jax.models.attention import AttentionName
+from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
+from scfm_jax.models.transformer import Transformer, TransformerConfig, make_linear
+
+# Each cell carries two tokens with its read depth, at the two indices after the last gene.
+DEPTH_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class TissueConfig:
+    """Sizes and choices of the tissue model; the defaults are published.
+
+    Attributes
+    ----------
+    encoder, decoder
+        Geometry of the two stacks.
+    bins
+        Bins of the value embedding.
+    positions
+        ``index`` turns queries and keys by gene and cell index; ``coordinates`` by x and y in um from the centre.
+    init_std
+        Standard deviation of the initial weights.
+    value_init
+        How the value embedding starts; see `ValueEmbedding`.
+    gene_bias
+        Add one learnt number a gene to the prediction (ours; the published head has none).
+    attention
+        Implementation, see `scfm_jax.models.attention`.
+    dtype
+        What activations are computed in; parameters, softmax and loss are float32.
+    remat
+        Recompute layers in the backward pass.
+    """
+
+    encoder: TransformerConfig
+    decoder: TransformerConfig
+    bins: int = 100
+    positions: Literal["index", "coordinates"] = "index"
+    init_std: float = 0.02
+    value_init: ValueInit = "published"
+    gene_bias: bool = False
+    attention: AttentionName = "chunked"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+
+class TissueModel(nnx.Module):
+    """Encoder, decoder and head.
+
+    Parameters
+    ----------
+    config
+        Sizes.
+    n_genes
+        Genes of the vocabulary, without the depth tokens.
+    dispersion
+        Hold a log dispersion for each gene, for the negative-binomial loss.
+    """
+
+    def __init__(
+        self, config: TissueConfig, n_genes: int, *, dispersion: bool = False, rngs: nnx.Rngs
+    ) -> None:
+        dtype, std = jnp.dtype(config.dtype), config.init_std
+        wide, narrow = config.encoder, config.decoder
+        self.dtype, self.attention = dtype, config.attention
+        self.gene_embedding = GeneEmbedding(n_genes + DEPTH_TOKENS, wide.width, init_std=std, rngs=rngs)
+        self.value_embedding = ValueEmbedding(
+            config.bins, wide.width, init=config.value_init, init_std=std, rngs=rngs
+        )
+        self.encoder = Transformer(wide, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.decoder_embed = make_linear(
+            wide.width,
+            narrow.width,
+            ("embed", None),
+            use_bias=narrow.use_bias,
+            init_std=std,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decoder = Transformer(narrow, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.head = make_linear(
+            narrow.width,
+            1,
+            ("embed", None),
+            use_bias=narrow.use_bias,
+            init_std=std,
+            dtype=jnp.float32,
+            rngs=rngs,
+        )
+        rows = padded_size(n_genes + DEPTH_TOKENS)
+        if config.gene_bias:
+            self.gene_bias = nnx.Param(jnp.zeros(rows), logical=("vocabulary",))
+        if dispersion:
+            self.log_dispersion = nnx.Param(jnp.zeros(rows), logical=("vocabulary",))
+
+    def encode(
+        self,
+        genes: Int[Array, "b s"],
+        values: Float[Array, "b s"],
+        positions: Float[Array, "b s 2"],
+        lengths: Int[Array, " b"],
+    ) -> Float[Array, "b s d"]:
+        """Hidden states of right-padded token rows.
+
+        Parameters
+        ----------
+        genes
+            Vocabulary index of each token.
+        values
+            Normalised expression, or log10 depth at the depth tokens.
+        positions
+            The two rotary coordinates of each token.
+        lengths
+            Real tokens of each row.
+        """
+        x = self.value_embedding(values, dtype=self.dtype) + self.gene_embedding(genes, self.dtype)
+        return self.encoder(x, positions, lengths, implementation=self.attention)
+
+    def decode(
+        self,
+        hidden: Float[Array, "b s d"],
+        slots: Int[Array, "b s"],
+        genes: Int[Array, "b p"],
+        masked: Bool[Array, "b p"],
+        positions: Float[Array, "b p 2"],
+        lengths: Int[Array, " b"],
+    ) -> Float[Array, "b p"]:
+        """Predict the centre cell's value of every gene in `genes`, float32.
+
+        Parameters
+        ----------
+        hidden
+            Encoder outputs.
+        slots
+            For each encoder token, its place in `genes` if it belongs to the centre cell; -1 otherwise.
+        genes
+            Genes to decode, right-padded.
+        masked
+            Places that get the mask vector; the rest get the encoder's output or, where there is none, the
+            embedding of the value 0.
+        positions, lengths
+            Rotary coordinates and number of real places.
+        """
+        batch, places = genes.shape
+        rows = jnp.arange(batch)[:, None]
+        nowhere = jnp.full((batch, places), -1, jnp.int32)
+        source = nowhere.at[rows, jnp.where(slots < 0, places, slots)].set(
+            jnp.arange(slots.shape[1], dtype=jnp.int32)[None], mode="drop"
+        )
+        seen = jnp.take_along_axis(hidden, jnp.maximum(source, 0)[..., None], axis=1)
+        zero = self.value_embedding(jnp.zeros((1, 1)), dtype=self.dtype)
+        mask = self.value_embedding.mask[...].astype(self.dtype)
+        x = jnp.where((source >= 0)[..., None], seen, zero)
+        x = jnp.where(masked[..., None], mask, x) + self.gene_embedding(genes, self.dtype)
+        x = self.decoder(self.decoder_embed(x), positions, lengths, implementation=self.attention)
+        prediction = self.head(x.astype(jnp.float32))[..., 0]
+        if hasattr(self, "gene_bias"):
+            prediction += self.gene_bias[...][genes]
+        return prediction

@@ -1,0 +1,187 @@
+"""A pre-norm transformer encoder whose layers are stacked and scanned, so that compile time does not grow with depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from flax import nnx
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from scfm_jax.models.attention import AttentionName, attention
+from scfm_jax.models.rotary import rotary_tables, rotate
+
+RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Geometry of a stack.
+
+    Attributes
+    ----------
+    layers, heads, width
+        Depth, attention heads, features of a token.
+    hidden
+        Features inside the SwiGLU feed-forward; None is 8/3 of the width, rounded up to a multiple of 8.
+    norm
+        ``rms`` or ``layer``, each with `norm_epsilon`.
+    use_bias
+        Whether projections have biases.
+    """
+
+    layers: int
+    heads: int
+    width: int
+    hidden: int | None = None
+    norm: Literal["rms", "layer"] = "rms"
+    norm_epsilon: float = 1e-5
+    use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % (4 * self.heads):
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 x heads ({self.heads}): rotary positions "
+                "split each head in four"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def feed_forward(self) -> int:
+        return self.hidden or -(-8 * self.width // 24) * 8
+
+
+def make_norm(config: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
+    """The norm that `config` names, over its width."""
+    layer = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
+    names = {"scale_metadata": {"logical": ("embed",)}}
+    if config.norm == "layer":
+        names["bias_metadata"] = {"logical": ("embed",)}
+    return layer(config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs, **names)
+
+
+def make_linear(
+    inputs: int,
+    outputs: int,
+    names: tuple[str | None, str | None],
+    *,
+    use_bias: bool,
+    init_std: float,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A Linear with normal weights, zero biases and the logical `names` of its two axes."""
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nnx.initializers.normal(init_std),
+        kernel_metadata={"logical": names},
+        bias_metadata={"logical": names[1:]},
+        rngs=rngs,
+    )
+
+
+class Block(nnx.Module):
+    """One layer: norm, rotary self-attention, residual; norm, SwiGLU, residual."""
+
+    def __init__(
+        self, config: TransformerConfig, *, init_std: float, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        def linear(inputs: int, outputs: int, *names: str) -> nnx.Linear:
+            return make_linear(
+                inputs,
+                outputs,
+                (names[0], names[1]),
+                use_bias=config.use_bias,
+                init_std=init_std,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        width, hidden = config.width, config.feed_forward
+        self.heads = config.heads
+        self.attention_norm = make_norm(config, dtype, rngs)
+        self.query = linear(width, width, "embed", "heads")
+        self.key = linear(width, width, "embed", "heads")
+        self.value = linear(width, width, "embed", "heads")
+        self.output = linear(width, width, "heads", "embed")
+        self.feed_forward_norm = make_norm(config, dtype, rngs)
+        self.gate = linear(width, hidden, "embed", "mlp")
+        self.up = linear(width, hidden, "embed", "mlp")
+        self.down = linear(hidden, width, "mlp", "embed")
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        tables: RotaryTables,
+        lengths: Int[Array, " b"],
+        implementation: AttentionName,
+    ) -> Float[Array, "b s d"]:
+        def split(y: Float[Array, "b s d"]) -> Float[Array, "b s h e"]:
+            return y.reshape(*y.shape[:2], self.heads, -1)
+
+        y = self.attention_norm(x)
+        mixed = attention(
+            rotate(split(self.query(y)), tables),
+            rotate(split(self.key(y)), tables),
+            split(self.value(y)),
+            lengths,
+            implementation=implementation,
+        )
+        x = x + self.output(mixed.reshape(x.shape))
+        y = self.feed_forward_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+
+
+class Transformer(nnx.Module):
+    """A stack of `Block` and a final norm.
+
+    Parameters
+    ----------
+    config
+        Geometry.
+    remat
+        Recompute each layer in the backward pass rather than keep its inner activations.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        init_std: float,
+        dtype: DTypeLike,
+        remat: bool,
+        rngs: nnx.Rngs,
+    ) -> None:
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, init_std=init_std, dtype=dtype, rngs=rngs)
+
+        self.head_size, self.remat = config.head_size, remat
+        self.blocks = stack(rngs)
+        self.norm = make_norm(config, dtype, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Float[Array, "b s 2"],
+        lengths: Int[Array, " b"],
+        *,
+        implementation: AttentionName,
+    ) -> Float[Array, "b s d"]:
+        """Hidden states of right-padded rows; what stands at the padding is undefined."""
+        tables = rotary_tables(positions, self.head_size)
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x: Array, parameters: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graph, parameters)(x, tables, lengths, implementation), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)
+        return self.norm(x)

@@ -1,0 +1,238 @@
+"""The whole of an experiment as one frozen value: built by a recipe, overridden by dotted flags, stored beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scfm_jax.corpus.split import SplitConfig
+from scfm_jax.data.loader import DataConfig
+from scfm_jax.errors import InputError
+from scfm_jax.models.tissue import TissueConfig
+from scfm_jax.objectives.column_masking import ColumnMaskingConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with a linear warm-up and a cosine decay; the defaults are AIDO.Tissue's where they are public.
+
+    Attributes
+    ----------
+    steps
+        Length of the run and of the schedule.
+    initial_rate, peak_rate, final_rate
+        Learning rate at step 0, after `warmup_steps`, and at the end (warm-up length and final rate are ours).
+    b1, b2, epsilon, weight_decay
+        Of AdamW; biases, norms and other vectors do not decay (ours).
+    clip
+        Global norm that gradients are clipped to.
+    accumulation
+        Microbatches a step: divides the batch size.
+    """
+
+    steps: int = 150_000
+    initial_rate: float = 2e-5
+    peak_rate: float = 2e-4
+    final_rate: float = 2e-5
+    warmup_steps: int = 2_000
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    accumulation: int = 1
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data` = 0 takes all that the others leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run.
+
+    Attributes
+    ----------
+    name
+        Of the recipe.
+    corpus
+        Path of the corpus.
+    seed
+        Of weights, order and masks.
+    split, data, model, objective, optimiser, mesh
+        See their classes.
+    technologies
+        Train and evaluate on slides of these only; empty is all.
+    evaluate_every, evaluate_cells
+        Steps between evaluations; held-out cells of each (a fixed random subset; 0 is all).
+    checkpoint_every
+        Steps between checkpoints, beside one at every evaluation and at the end.
+    keep_last, keep_best
+        Checkpoints that stay.
+    log_every
+        Steps between looks at the device.
+    """
+
+    name: str
+    model: TissueConfig
+    corpus: str = ""
+    seed: int = 0
+    split: SplitConfig = field(default_factory=SplitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ColumnMaskingConfig = field(default_factory=ColumnMaskingConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    technologies: tuple[str, ...] = ()
+    evaluate_every: int = 1_000
+    evaluate_cells: int = 2_048
+    checkpoint_every: int = 1_000
+    keep_last: int = 2
+    keep_best: int = 1
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.data.batch_size % self.optimiser.accumulation:
+            raise InputError(
+                "optimiser.accumulation",
+                f"{self.optimiser.accumulation} does not divide data.batch_size, {self.data.batch_size}",
+                "choose a divisor",
+            )
+
+
+def load_recipe(path: str | Path) -> RunConfig:
+    """The config that a recipe's ``recipe()`` returns.
+
+    Raises
+    ------
+    InputError
+        No such file, no such function, or a recipe with an unknown field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(path, "there is no such recipe", "name a Python file with a function recipe()")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.recipe()
+    except InputError:
+        raise
+    except AttributeError as error:
+        raise InputError(path, str(error), "define recipe() -> RunConfig") from error
+    except (TypeError, ValueError, SyntaxError, ImportError) as error:
+        raise InputError(path, str(error), "mend that field of the recipe") from error
+
+
+def override(config: RunConfig, flags: Sequence[str], where: str) -> RunConfig:
+    """`config` with dotted flags (``--model.encoder.layers 6 --data.batch_size=64``) applied.
+
+    Raises
+    ------
+    InputError
+        A flag that names no field, lacks a value, or has one of another type.
+    """
+    words = list(flags)
+    content = dataclasses.asdict(config)
+    while words:
+        flag = words.pop(0)
+        name, equals, text = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or (not equals and not words):
+            raise InputError(where, f"cannot read {flag!r}", "write --field.name value")
+        text = text if equals else words.pop(0)
+        node, keys = content, name.replace("-", "_").split(".")
+        for place, key in enumerate(keys):
+            if not isinstance(node, dict) or key not in node:
+                raise InputError(where, f"has no field {name!r}", _suggestion(key, node))
+            if place < len(keys) - 1:
+                node = node[key]
+        try:
+            node[keys[-1]] = json.loads(text)
+        except json.JSONDecodeError:
+            node[keys[-1]] = text.split(",") if isinstance(node[keys[-1]], tuple | list) else text
+        if isinstance(getattr_path(config, keys), tuple) and not isinstance(node[keys[-1]], list):
+            node[keys[-1]] = [str(node[keys[-1]])]
+    return from_dict(RunConfig, content, where)
+
+
+def getattr_path(config: Any, keys: Sequence[str]) -> Any:
+    """The value at a dotted path of nested dataclasses."""
+    for key in keys:
+        config = getattr(config, key)
+    return config
+
+
+def from_dict(kind: type[T], content: dict[str, Any], where: str, path: str = "") -> T:
+    """A frozen dataclass from nested plain data, every field and type checked.
+
+    Raises
+    ------
+    InputError
+        An unknown field, a missing one, or a value of another type.
+    """
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in content.items():
+        if key not in known:
+            raise InputError(where, f"has no field {path + key!r}", _suggestion(key, known))
+        values[key] = _typed(hints[key], value, where, path + key)
+    for key, item in known.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and key not in values:
+            raise InputError(where, f"lacks the field {path + key!r}", "add it")
+    try:
+        return kind(**values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(where, f"{path or 'config'}: {error}", "choose other values") from error
+
+
+def _typed(hint: Any, value: Any, where: str, name: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return from_dict(hint, value, where, f"{name}.")  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _typed(option, value, where, name)
+            except InputError:
+                continue
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_typed(arguments[0], item, where, name) for item in value)
+    elif origin is typing.Literal and value in arguments:
+        return value
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif (
+        hint in (int, str, bool, type(None))
+        and isinstance(value, hint)
+        and not (hint is int and isinstance(value, bool))
+    ):
+        return value
+    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", hint)
+    raise InputError(where, f"the field {name!r} cannot be {value!r}", f"give {wanted}")
+
+
+def _suggestion(key: str, known: Any) -> str:
+    names = list(known) if isinstance(known, dict) else []
+    close = difflib.get_close_matches(key, names, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there are {', '.join(names)}" if names else "it ends before that name"

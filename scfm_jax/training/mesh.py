@@ -1,0 +1,75 @@
+"""Devices as a mesh, and the two tables that say what lies where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from scfm_jax.errors import InputError
+from scfm_jax.training.config import MeshConfig
+
+# Logical axis of a parameter -> mesh axis that splits it.
+PARAMETER_AXES: dict[str | None, str | None] = {
+    "layers": None,
+    "vocabulary": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    None: None,
+}
+# Logical axis of a batch or an activation -> mesh axes.
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp")}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of all devices, axes ``data``, ``fsdp``, ``tensor``.
+
+    Raises
+    ------
+    InputError
+        The axes do not multiply to the number of devices.
+    """
+    devices = devices or jax.devices()
+    data = config.data or len(devices) // (config.fsdp * config.tensor)
+    shape = (data, config.fsdp, config.tensor)
+    if np.prod(shape) != len(devices):
+        raise InputError(
+            "mesh",
+            f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not the {len(devices)} devices here",
+            "set mesh.data to 0 and the others to divisors",
+        )
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:
+    """Where each parameter lies: by its logical names, on axes that divide it.
+
+    Parameters
+    ----------
+    shapes
+        Tree of arrays or `jax.ShapeDtypeStruct`.
+    names
+        Tree of tuples of logical names, as `models.functional.abstract` gives them.
+    """
+
+    def place(leaf: jax.ShapeDtypeStruct, logical: tuple[str | None, ...]) -> NamedSharding:
+        axes = [PARAMETER_AXES[name] for name in logical]
+        divides = [
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*divides))
+
+    return jax.tree.map(place, shapes, names)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples are split over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATION_AXES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, PartitionSpec())

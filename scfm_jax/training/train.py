@@ -1,0 +1,317 @@
+"""The training story, top to bottom: data, model, state, step, loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Int64
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.split import Split, split_cells
+from scfm_jax.errors import InputError
+from scfm_jax.models.functional import abstract, count_parameters, initialise
+from scfm_jax.training.checkpoint import Checkpoints, abstract_state
+from scfm_jax.training.config import RunConfig, from_dict
+from scfm_jax.training.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
+from scfm_jax.training.metrics import MetricsWriter
+from scfm_jax.training.optimiser import learning_rate, make_optimiser
+from scfm_jax.training.task import Task, make_task
+
+State = dict[str, Any]
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Report = lambda row: None) -> int:
+    """Train, and leave a run directory: config, metrics, checkpoints, environment.
+
+    Parameters
+    ----------
+    config
+        The experiment.
+    folder
+        The run directory, new unless `resume`.
+    resume
+        Go on from the newest checkpoint, with the same batches and, on a CPU, bit for bit the same losses as a
+        run that never stopped.
+    report
+        Called with every row of metrics, and first with what was found: cells, parameters, devices.
+
+    Returns
+    -------
+    The steps done: fewer than configured where Ctrl-C or SIGTERM asked to stop, which saves first.
+
+    Raises
+    ------
+    InputError
+        The folder holds a run already, or (resuming) one of another corpus or config.
+    """
+    corpus = Corpus.open(config.corpus)
+    split = split_cells(corpus, config.split)
+    train_cells, test_cells = select_cells(corpus, split, config)
+    task = make_task(config.model, config, corpus)
+    loader = task.loader(train_cells, (jax.process_index(), jax.process_count()))
+
+    mesh = make_mesh(config.mesh)
+    graph, shapes, names = abstract(task.build)
+    optimiser = make_optimiser(config.optimiser, names)
+    shardings = state_shardings(mesh, optimiser, shapes, names)
+    key = jax.random.key(config.seed)
+    step_fn = jax.jit(
+        make_step(config, graph, task.loss, optimiser, key),
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+    evaluate = jax.jit(lambda parameters, batch: task.loss(nnx.merge(graph, parameters), batch, key))
+
+    open_run(folder, config, corpus, resume=resume)
+    with Checkpoints(
+        folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+    ) as checkpoints, stop_signals() as stopped:
+        start = (checkpoints.latest or 0) if resume else 0
+        fresh = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)
+        state = (
+            checkpoints.restore(start, abstract_state(jax.eval_shape(fresh), shardings)) if start else fresh()
+        )
+        report(
+            {
+                "training_cells": len(train_cells),
+                "held_out_cells": len(test_cells),
+                "parameters": count_parameters(shapes),
+                "devices": f"{mesh.size} {jax.devices()[0].platform}",
+                "attention": getattr(config.model, "attention", None),
+                "step": start,
+                "steps": config.optimiser.steps,
+            }
+        )
+        rates = learning_rate(config.optimiser)
+        pending: list[tuple[int, dict[str, jax.Array], tuple[int, ...]]] = []
+        with MetricsWriter(folder, start) as writer:
+
+            def flush(clock: list[float]) -> None:
+                """Fetch what the device has summed since the last look, one row a step."""
+                rows = [(step, jax.device_get(sums), shape) for step, sums, shape in pending]
+                elapsed, clock[0] = time.perf_counter() - clock[0], time.perf_counter()
+                speed = sum(float(sums["tokens"]) for _, sums, _ in rows) / elapsed
+                for step, sums, shape in rows:
+                    row = {
+                        "step": step,
+                        **summary(sums),
+                        "real_tokens": float(sums["tokens"]) / float(np.prod(shape)),
+                        "tokens_per_second": round(speed, 1),
+                        "learning_rate": float(rates(step - 1)),
+                    }
+                    writer.write(row)
+                    report(row)
+                pending.clear()
+
+            clock = [time.perf_counter()]
+            step, saved = start, start
+            for step, batch in enumerate(loader.iterate(start, config.optimiser.steps), start + 1):
+                shape = batch.genes.shape
+                state, sums = step_fn(state, to_devices(batch, mesh))
+                pending.append((step, sums, shape))
+                last = step == config.optimiser.steps or bool(stopped)
+                if step % config.log_every == 0 or last:
+                    flush(clock)
+                held_out = None
+                if len(test_cells) and (step % config.evaluate_every == 0 or step == config.optimiser.steps):
+                    if pending:
+                        flush(clock)
+                    held_out = evaluate_cells(evaluate, state["parameters"], task, test_cells)
+                    row = {"step": step, **{f"held_out_{name}": value for name, value in held_out.items()}}
+                    writer.write(row)
+                    report(row)
+                    clock[0] = time.perf_counter()
+                if held_out or last or step % config.checkpoint_every == 0:
+                    checkpoints.save(step, state, held_out_loss=held_out["loss"] if held_out else None)
+                    saved = step
+                if stopped:
+                    break
+            if saved != step:
+                checkpoints.save(step, state)
+    return step
+
+
+def make_step(
+    config: RunConfig,
+    graph: nnx.GraphDef,
+    loss: Callable[[Any, Any, jax.Array], dict[str, jax.Array]],
+    optimiser: optax.GradientTransformation,
+    key: jax.Array,
+) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
+    """The pure training step (state, batch) -> (state, sums).
+
+    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both sums, so that
+    accumulation changes the memory and nothing else.
+    """
+
+    def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = loss(nnx.merge(graph, parameters), batch, key)
+        return sums["loss"], sums
+
+    def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch)
+        return gradients, sums
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        parameters, parts = state["parameters"], config.optimiser.accumulation
+        if parts == 1:
+            gradients, sums = gradient(parameters, batch)
+        else:
+            # Strided, so that each device keeps the rows that it has.
+            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro)),
+            )
+            (gradients, sums), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None), zeros, micro
+            )
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
+        updates, moments = optimiser.update(gradients, state["optimiser"], parameters)
+        new = {
+            "parameters": optax.apply_updates(parameters, updates),
+            "optimiser": moments,
+            "step": state["step"] + 1,
+        }
+        return new, {**sums, "gradient_norm": optax.global_norm(gradients)}
+
+    return step
+
+
+def fresh_state(task: Task, optimiser: optax.GradientTransformation, key: jax.Array) -> State:
+    """Parameters from the seed, moments at zero."""
+    parameters = initialise(task.build, key)
+    return {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+
+
+def state_shardings(mesh: Any, optimiser: optax.GradientTransformation, shapes: Any, names: Any) -> State:
+    """Where the state lies: moments beside their parameters, scalars everywhere."""
+    places = parameter_shardings(mesh, shapes, names)
+    moments = optax.tree_utils.tree_map_params(
+        optimiser,
+        lambda _, place: place,
+        jax.eval_shape(optimiser.init, shapes),
+        places,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+    return {"parameters": places, "optimiser": moments, "step": replicated(mesh)}
+
+
+def select_cells(
+    corpus: Corpus, split: Split, config: RunConfig
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
+    """Cells to train on, and the held-out cells that evaluations look at, both ascending."""
+    chosen = np.array(
+        [not config.technologies or slide.technology in config.technologies for slide in corpus.slides]
+    )
+    if not chosen.any():
+        there = sorted({slide.technology for slide in corpus.slides})
+        raise InputError(
+            corpus.path, f"has no slide of technologies {', '.join(config.technologies)}", f"there are {', '.join(there)}"
+        )
+    train_cells, test_cells = (cells[chosen[corpus.slide_of(cells)]] for cells in (split.train, split.test))
+    if config.evaluate_cells and len(test_cells) > config.evaluate_cells:
+        random = np.random.default_rng(config.split.seed)
+        test_cells = np.sort(random.choice(test_cells, config.evaluate_cells, replace=False))
+    return train_cells, test_cells
+
+
+def evaluate_cells(evaluate: Callable[..., Any], parameters: Any, task: Task, cells: np.ndarray) -> dict[str, float]:
+    """Held-out loss and errors over `cells`, each seen once under a constant mask."""
+    total: dict[str, float] = {}
+    for _, batch in task.evaluation(cells):
+        for name, value in jax.device_get(evaluate(parameters, batch)).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return summary(total)
+
+
+def summary(sums: dict[str, Any]) -> dict[str, float]:
+    """Means of the sums that an objective returns: each ``X_error`` over its ``X_count``."""
+    means = {"loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-9)}
+    for name in sums:
+        if name.endswith("_error"):
+            count = float(sums[name.replace("_error", "_count")])
+            means[name] = float(sums[name]) / max(count, 1e-9)
+    if "gradient_norm" in sums:
+        means["gradient_norm"] = float(sums["gradient_norm"])
+    return means
+
+
+def to_devices(batch: Any, mesh: Any) -> Any:
+    """A host's rows as its part of a global batch."""
+    place = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(place, rows), batch)
+
+
+def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
+    """Make the run directory, or check that it is this run's."""
+    content = {"config": dataclasses.asdict(config), "corpus_hash": corpus.hash}
+    path = folder / "config.json"
+    if resume:
+        stored, stored_hash = read_run(folder)
+        if stored_hash != corpus.hash:
+            raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
+        same = dataclasses.replace(stored, corpus=config.corpus, optimiser=config.optimiser)
+        if same != config:
+            raise InputError(folder, "was started with another config", "resume without overrides, or start anew")
+    elif path.exists():
+        raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    packages = ("scfm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: version(name) for name in packages},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> tuple[RunConfig, str]:
+    """The config and the corpus hash of a run directory.
+
+    Raises
+    ------
+    InputError
+        No run there, or a config that this version does not know.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(folder, "is no run directory (no config.json)", "name a folder that scfm train wrote")
+    content = json.loads(path.read_text())
+    return from_dict(RunConfig, content["config"], str(path)), content["corpus_hash"]
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that Ctrl-C or SIGTERM fills; a second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
