@@ -36,8 +36,9 @@ from scfm_jax.corpus.neighbours import hilbert_order
 from scfm_jax.corpus.slide import SlideContent, slide_folder, write_slide
 from scfm_jax.corpus.sources import Source
 from scfm_jax.corpus.spool import Spool
+from scfm_jax.corpus.store import OVERFLOW
 from scfm_jax.errors import DataWarning, InputError
-from scfm_jax.genes import Orthologs, Vocabulary, align
+from scfm_jax.genes import Alignment, Orthologs, Vocabulary, align
 
 _SHUFFLE_SEED = 0
 _FINISHED = "finished"
@@ -172,7 +173,7 @@ def _check_structure(sources: Sequence[Source]) -> tuple[list[list[str]], list[i
     return names, n_cells
 
 
-def _check_counts(source: Source, alignment: Any, settings: dict[str, Any]) -> _Checked:
+def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]) -> _Checked:
     if not (alignment.target >= 0).any():
         mend = "check the species, or give a table of gene names, aliases or orthologs, or another vocabulary"
         raise InputError(source.path, "var_names: no gene is in the vocabulary", mend)
@@ -187,6 +188,11 @@ def _check_counts(source: Source, alignment: Any, settings: dict[str, Any]) -> _
         mend = "lower min_counts, or leave the file out"
         raise InputError(
             source.path, f"{layer}: no cell has {settings['min_counts']} counts in the vocabulary", mend
+        )
+    if totals.cell_entries.max() > OVERFLOW:
+        mend = f"use a vocabulary of at most {OVERFLOW} genes"
+        raise InputError(
+            source.path, f"{layer}: a cell has {totals.cell_entries.max()} expressed genes", mend
         )
     genes = alignment.report(totals.gene)
     if genes["share_lost"] > _MOST_LOST:

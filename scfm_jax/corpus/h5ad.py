@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import read_elem, sparse_dataset
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Int32, Int64, Shaped
 
 from scfm_jax.corpus.sources import Source
 from scfm_jax.errors import InputError
@@ -87,10 +87,10 @@ class Totals:
     ``cell_entries`` the number of non-zeros with a target, ``gene`` the counts of each gene.
     """
 
-    cell_raw: Int[np.ndarray, " n_cells"]
-    cell_matched: Int[np.ndarray, " n_cells"]
-    cell_entries: Int[np.ndarray, " n_cells"]
-    gene: Int[np.ndarray, " n_genes"]
+    cell_raw: Int32[np.ndarray, " n_cells"]
+    cell_matched: Int32[np.ndarray, " n_cells"]
+    cell_entries: Int32[np.ndarray, " n_cells"]
+    gene: Int64[np.ndarray, " n_genes"]
 
 
 class CountsFile:
@@ -164,7 +164,8 @@ class CountsFile:
             gene += np.bincount(columns, values, n_genes).astype(np.int64)
         if cells[0].max() > _LARGEST:
             raise self._not_raw(f"gives cell {self.obs.index[cells[0].argmax()]!r} {cells[0].max()} counts")
-        return Totals(cells[0], cells[1], cells[2], gene)
+        raw, matched, entries = cells.astype(np.int32)
+        return Totals(raw, matched, entries, gene)
 
     def label(self, name: str) -> tuple[Int[np.ndarray, " n"], list[str]]:
         """Return codes (-1 where missing) and sorted classes of a column of ``obs``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def write_slide(
     What was written to ``slide.json``: the slide's record, panel, label classes, warnings, and the checksum
     of each file.
     """
+    source = content.source
     nnz = _write_counts(folder, rows, content.n_genes)
     write_array(folder, "source_row", "source_row", content.source_row)
     write_array(folder, "total_raw", "total_raw", content.total_raw)
@@ -74,15 +75,18 @@ def write_slide(
         write_array(
             folder, f"label_{number}", "label", np.where(codes < 0, -1, np.searchsorted(present, codes))
         )
-    warnings = [] if content.xy is None else _write_space(folder, content.xy, content.source, n_neighbours)
+    warnings = [] if content.xy is None else _write_space(folder, content.xy, source, n_neighbours)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    declared = asdict(content.source)
     slide = {
         "record": {
             "name": content.name,
-            "source": Path(content.source.path).name,
+            "source": Path(source.path).name,
             "section": content.section,
-            **{name: declared[name] for name in ("species", "technology", "spatial", "um_per_unit")},
+            "species": source.species,
+            "technology": source.technology,
+            "spatial": source.spatial,
+            # 1 and 1.0 are one length, and must give one hash.
+            "um_per_unit": None if source.um_per_unit is None else float(source.um_per_unit),
             "n_cells": len(content.source_row),
             "nnz": nnz,
             "median_total": float(np.median(content.total_matched)),

@@ -43,7 +43,7 @@ class Spool:
     ) -> None:
         self._folder, self._n_genes = folder, n_genes
         rows = np.concatenate(pieces)
-        ends = np.cumsum(cell_entries[rows])
+        ends = np.cumsum(cell_entries[rows], dtype=np.int64)
         cuts = np.searchsorted(ends, np.arange(BAND_ENTRIES, ends[-1] + 1, BAND_ENTRIES), side="right")
         self._breaks = np.cumsum([0, *map(len, pieces)])
         self._edges = np.union1d(self._breaks, cuts)

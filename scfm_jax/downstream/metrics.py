@@ -1,8 +1,8 @@
-"""Scores of masked-expression prediction: errors that pool and resample, skill, rank correlation, paired intervals.
+"""Scores of masked-expression prediction: pooled errors, skill, rank correlation and paired intervals.
 
-Errors are kept as sums per cell, so that one pass over the predictions gives the pooled score of any group of cells
-and of any bootstrap draw. Raw errors depend on the panel and on the depth: across panels compare `skill`,
-`gene_spearman` and the skill of `poisson_deviance`, never errors.
+Errors are kept as sums per cell, so that one pass over the predictions gives the pooled score of any group of
+cells and of any bootstrap draw. Raw errors depend on the panel and on the depth: across panels compare
+`skill`, `gene_spearman` and the skill of `poisson_deviance`, never errors.
 """
 
 from __future__ import annotations
@@ -74,13 +74,15 @@ def squared_error(
 
     Returns
     -------
-    Sums per cell of four parts: `all` masked entries, those `nonzero`, those `zero`, and `inverse_rate`: all, each
-    weighted by 1 / its mask rate, which estimates the error of a mask drawn alike for zeros and non-zeros.
+    Sums per cell of four parts: `all` masked entries, those `nonzero`, those `zero`, and `inverse_rate`: all,
+    each weighted by 1 / its mask rate, which estimates the error of a mask drawn alike for zeros and
+    non-zeros.
 
     Raises
     ------
     InputError
-        Where shapes differ, a masked entry's prediction is not finite, or an entry is masked whose rate is zero.
+        Where shapes differ, a masked entry's prediction is not finite, or an entry is masked whose rate is
+        zero.
     """
     _check_masked(prediction, target, mask, nonzero)
     error = np.square(np.where(mask, prediction, 0).astype(np.float64) - np.where(mask, target, 0))
@@ -98,14 +100,15 @@ def poisson_deviance(
     target_sum: float | Float[np.ndarray, " n"],
     floor: float = 1e-3,
 ) -> dict[str, CellSums]:
-    """Poisson deviance of the counts over the masked entries, 2 (c log(c / m) - c + m) for count c and expectation m.
+    """Poisson deviance over the masked entries, 2 (c log(c / m) - c + m) for count c and expected count m.
 
     Parameters
     ----------
     counts
         Raw counts over the panel.
     prediction
-        log1p of expected counts scaled to `target_sum`; taken back to an expected count with the cell's `total`.
+        log1p of expected counts scaled to `target_sum`; taken back to an expected count with the cell's
+        `total`.
     mask, nonzero, rates
         As in `squared_error`.
     total
@@ -134,7 +137,7 @@ def poisson_deviance(
 
 
 def skill(errors: Mapping[str, CellSums], reference: Mapping[str, CellSums]) -> dict[str, float]:
-    """Share of the reference's error that is gone, 1 - error / reference, for each part; 1 is perfect, 0 no gain.
+    """1 - error / error of the reference, for each part: 1 is perfect, 0 no better than the reference.
 
     The reference of this package is each gene's training mean weighted by the mask rates.
     """
@@ -159,8 +162,8 @@ def gene_spearman(
 
     Returns
     -------
-    NaN for genes left out or of constant target. A constant prediction says nothing of the order and counts 0: left
-    out, it would flatter whoever gives up on the hard genes.
+    NaN for genes left out or of constant target. A constant prediction says nothing of the order and counts
+    0: left out, it would flatter whoever gives up on the hard genes.
     """
     _check_masked(prediction, target, mask, mask)
     per_gene = np.full(mask.shape[1], np.nan)
@@ -183,8 +186,9 @@ def paired_bootstrap(
 ) -> Paired:
     """Error of A against B on the same masked entries, with 95% percentile intervals over spatial blocks.
 
-    Neighbouring cells are alike, so blocks of tissue are drawn (with replacement) and not cells, the same blocks for A
-    and for B, and the pooled scores are computed anew (Efron & Tibshirani 1993, chapters 8 and 13).
+    Neighbouring cells are alike, so blocks of tissue are drawn (with replacement) and not cells, the same
+    blocks for A and for B, and the pooled scores are computed anew (Efron & Tibshirani 1993, chapters 8 and
+    13).
 
     Parameters
     ----------

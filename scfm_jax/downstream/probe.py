@@ -62,8 +62,8 @@ def probe(
 ) -> Probe:
     """Logistic regression on standardised features, or on their principal components.
 
-    Scaling, components and regression see training cells only. The penalty is chosen by accuracy on whole training
-    blocks held out, then all is fitted again on every training cell.
+    Scaling, components and regression see training cells only. The penalty is chosen by accuracy on whole
+    training blocks held out, then all is fitted again on every training cell.
 
     Parameters
     ----------
@@ -83,7 +83,8 @@ def probe(
     Raises
     ------
     InputError
-        Where labels are missing, features are not finite, or the training blocks leave fewer than two classes.
+        Where labels are missing, features are not finite, or the training blocks leave fewer than two
+        classes.
     """
     for name, labels in (("labels_train", labels_train), ("labels_test", labels_test)):
         if np.issubdtype(labels.dtype, np.number) and (labels < 0).any():
@@ -136,17 +137,18 @@ def own_and_neighbour_features(
 
     Returns
     -------
-    float32; the second half is zero for a cell without neighbours. The first half alone is the baseline without space.
+    float32; the second half is zero for a cell without neighbours. The first half alone is the baseline
+    without space.
     """
     own = log_values if cells is None else log_values[cells]
-    own = own.toarray() if sp.issparse(own) else own
+    own = own if isinstance(own, np.ndarray) else own.toarray()
     return np.hstack([np.asarray(own, np.float32), neighbour_mean(log_values, neighbours)])
 
 
 def _split_blocks(
     labels: Shaped[np.ndarray, " n"], blocks: Int[np.ndarray, " n"], seed: int
 ) -> tuple[Int[np.ndarray, " f"], Int[np.ndarray, " v"]]:
-    """Rows to fit on and rows to choose on, in different blocks; of several draws the one that keeps most classes."""
+    """Rows to fit on and rows of other blocks to choose on; of several draws the one that keeps most classes."""
     if len(np.unique(blocks)) < 2:
         raise InputError("blocks_train", "all training cells lie in one block", "give at least two blocks")
     draws = GroupShuffleSplit(n_splits=16, test_size=VALIDATION_SHARE, random_state=seed)

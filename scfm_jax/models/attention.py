@@ -44,39 +44,42 @@ def attention(
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
     real = jnp.arange(key.shape[1]) < lengths[:, None]
-    return _IMPLEMENTATIONS[implementation](query, key, value, real)
+    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+    return _IMPLEMENTATIONS[implementation](*by_head, real).swapaxes(1, 2)
 
 
 def _plain(
-    query: Float[Array, "b q h d"], key: Float[Array, "b s h d"], value: Float[Array, "b s h d"], real: Array
-) -> Float[Array, "b q h d"]:
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(real[:, None, None, :], scores * query.shape[-1] ** -0.5, -jnp.inf)
+    query: Float[Array, "*b h q d"], key: Float[Array, "*b h s d"], value: Float[Array, "*b h s d"], real: Array
+) -> Float[Array, "*b h q d"]:
+    scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(real[..., None, None, :], scores * query.shape[-1] ** -0.5, -jnp.inf)
     # A finite maximum keeps the softmax of a row without any key at zero rather than NaN.
     peak = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - peak)
-    total = jnp.maximum(weights.sum(-1), jnp.finfo(jnp.float32).tiny)
-    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-    return (mixed / total.transpose(0, 2, 1)[..., None]).astype(query.dtype)
+    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    mixed = jnp.einsum(
+        "...qk,...kd->...qd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+    )
+    return (mixed / total).astype(query.dtype)
 
 
 def _chunked(
-    query: Float[Array, "b q h d"], key: Float[Array, "b s h d"], value: Float[Array, "b s h d"], real: Array
-) -> Float[Array, "b q h d"]:
-    batch, length, heads, size = query.shape
+    query: Float[Array, "b h q d"], key: Float[Array, "b h s d"], value: Float[Array, "b h s d"], real: Array
+) -> Float[Array, "b h q d"]:
+    heads, length, size = query.shape[1:]
     chunks = -(-length // _QUERY_CHUNK)
     chunk = -(-length // chunks)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - length), (0, 0), (0, 0)))
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, chunks * chunk - length), (0, 0)))
 
     def one_row(row: tuple[Array, Array, Array, Array]) -> Array:
         queries, *rest = row
-        rest = [part[None] for part in rest]
-        attend = jax.checkpoint(lambda part: _plain(part[None], *rest)[0])
+        attend = jax.checkpoint(lambda part: _plain(part, *rest))
         if chunks == 1:
             return attend(queries)
-        return jax.lax.map(attend, queries.reshape(chunks, chunk, heads, size)).reshape(-1, heads, size)
+        parts = queries.reshape(heads, chunks, chunk, size).swapaxes(0, 1)
+        return jax.lax.map(attend, parts).swapaxes(0, 1).reshape(heads, -1, size)
 
-    return jax.lax.map(one_row, (padded, key, value, real))[:, :length]
+    return jax.lax.map(one_row, (padded, key, value, real))[:, :, :length]
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "chunked": _chunked}

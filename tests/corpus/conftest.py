@@ -15,7 +15,7 @@ from scfm_jax.corpus import Source
 
 
 def make_tissue(n_cells: int = 300, n_genes: int = 40, seed: int = 0) -> ad.AnnData:
-    """Random counts and places; two sections; every cell has counts; labels with all the ways to be missing."""
+    """Random counts and places; two sections; no empty cell; labels with all the ways to be missing."""
     rng = np.random.default_rng(seed)
     dense = rng.poisson(0.6, (n_cells, n_genes)).astype(np.float32)
     dense[:, 0] += 1
@@ -41,6 +41,8 @@ def write(tmp_path: Path) -> Callable[..., Source]:
     def write(data: ad.AnnData, name: str = "tissue", **fields: object) -> Source:
         path = tmp_path / f"{name}.h5ad"
         data.write_h5ad(path)
-        return Source(**{"path": str(path), "species": "human", "technology": "sim", "section": "section", **fields})
+        return Source(
+            **{"path": str(path), "species": "human", "technology": "sim", "section": "section", **fields}
+        )
 
     return write

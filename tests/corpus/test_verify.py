@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scfm_jax.corpus import Corpus, build_corpus, verify_corpus
+from scfm_jax.corpus.manifest import canonical_json, write_manifest
+from scfm_jax.errors import InputError
+
+
+@pytest.fixture
+def corpus_path(tissue, write, tmp_path) -> Path:
+    build_corpus(tmp_path / "out", [write(tissue, labels=("type",))])
+    assert verify_corpus(tmp_path / "out") == []
+    return tmp_path / "out"
+
+
+def files_of(corpus: Path) -> list[Path]:
+    return sorted(path for path in corpus.rglob("*") if path.is_file())
+
+
+def flip(path: Path, at: int) -> bytes:
+    before = path.read_bytes()
+    changed = bytearray(before)
+    changed[at] ^= 1 << (at % 8)
+    path.write_bytes(bytes(changed))
+    return before
+
+
+def test_a_flipped_bit_anywhere_is_found_and_named(corpus_path):
+    rng = np.random.default_rng(0)
+    slides = {
+        record["folder"]: record["name"]
+        for record in json.loads((corpus_path / "manifest.json").read_bytes())["slides"]
+    }
+    for path in files_of(corpus_path):
+        for at in rng.integers(0, path.stat().st_size, 3).tolist():
+            before = flip(path, at)
+            problems = verify_corpus(corpus_path)
+            path.write_bytes(before)
+            assert len(problems) == 1 and str(path) in problems[0]
+            for folder, name in slides.items():
+                assert (name in problems[0]) == path.is_relative_to(corpus_path / folder)
+    assert verify_corpus(corpus_path) == []
+
+
+def test_truncated_and_missing_files_are_found(corpus_path):
+    for path in files_of(corpus_path):
+        if path.name == "manifest.json":
+            continue
+        before = path.read_bytes()
+        path.write_bytes(before[:-1])
+        (changed,) = verify_corpus(corpus_path)
+        path.unlink()
+        (missing,) = verify_corpus(corpus_path)
+        path.write_bytes(before)
+        assert str(path) in changed and "changed" in changed
+        assert str(path) in missing and "missing" in missing
+
+
+@pytest.mark.parametrize("array", ["genes", "counts", "nnz"])
+def test_a_damaged_or_lost_chunk_is_an_error_when_it_is_read(corpus_path, array):
+    (shard,) = next((corpus_path / "slides").iterdir()).glob(f"{array}/c/*")
+    before = flip(shard, 30)
+    with pytest.raises(ValueError, match=f"{array}/c/0"):
+        Corpus.open(corpus_path).cells(np.arange(300))
+    shard.write_bytes(before)
+    assert len(Corpus.open(corpus_path).cells(np.arange(300)).offsets) == 301
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{array}/c/0"):
+        Corpus.open(corpus_path).cells(np.arange(300))
+
+
+def test_a_changed_manifest_does_not_open(corpus_path):
+    manifest = json.loads((corpus_path / "manifest.json").read_bytes())
+    manifest["slides"][0]["n_cells"] -= 1
+    (corpus_path / "manifest.json").write_bytes(canonical_json(manifest))
+    with pytest.raises(InputError, match="hash does not fit"):
+        Corpus.open(corpus_path)
+
+
+def test_a_newer_schema_is_an_error(corpus_path):
+    manifest = json.loads((corpus_path / "manifest.json").read_bytes())
+    write_manifest(corpus_path, manifest | {"schema": 2, "what this version cannot know": 1})
+    for read in (Corpus.open, verify_corpus):
+        with pytest.raises(InputError, match=r"schema is 2, this scfm_jax reads up to 1; upgrade"):
+            read(corpus_path)
+
+
+def test_what_is_no_corpus_is_an_error(tmp_path):
+    (tmp_path / "half.partial").mkdir()
+    for name, mend in (("nothing", "scfm corpus build"), ("half", "run it again")):
+        for read in (Corpus.open, verify_corpus):
+            with pytest.raises(InputError, match=mend):
+                read(tmp_path / name)
