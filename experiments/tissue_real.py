@@ -18,8 +18,9 @@ def recipe() -> RunConfig:
     return RunConfig(
         name="tissue_real",
         model=TissueConfig(
-            encoder=TransformerConfig(layers=3, heads=2, width=64),
-            decoder=TransformerConfig(layers=2, heads=2, width=64),
+            encoder=TransformerConfig(layers=2, heads=1, width=64),
+            decoder=TransformerConfig(layers=2, heads=1, width=64),
+            init_std=0.1,
             value_init="spread",
             gene_bias=True,
         ),

@@ -24,7 +24,7 @@ from scfm_jax.data.stream import ShardStreams
 from scfm_jax.data.tokens import SampleConfig, SampleReader, Samples
 from scfm_jax.errors import InputError
 
-_CALIBRATION_WINDOWS = 2
+_CALIBRATION_WINDOWS, _CALIBRATION_SEED = 2, 0
 _WINDOW_ORDER = 3  # beside the purposes of `stream`
 
 
@@ -77,7 +77,7 @@ class _Window:
 
     samples: list[Samples]
     rows: list[list[Int64[np.ndarray, " r"]]]  # [shard][step of the window]
-    lengths: list[tuple[int, int]]  # [step]: longest row of tokens and of decoded genes
+    lengths: Int64[np.ndarray, "steps 2"]  # longest row of tokens and of decoded genes
 
 
 class TissueLoader:
@@ -128,18 +128,22 @@ class TissueLoader:
         own = config.virtual_shards // hosts
         self._own = range(number * own, (number + 1) * own)
         self._reader = SampleReader(corpus, config.sample)
-        self._streams = ShardStreams(
-            centres,
-            block_numbers(corpus, centres),
-            n_shards=config.virtual_shards,
-            seed=seed,
-            pool_blocks=config.pool_blocks,
+        blocks = block_numbers(corpus, centres)
+        self._streams, calibration = (
+            ShardStreams(
+                centres, blocks, n_shards=config.virtual_shards, seed=number, pool_blocks=config.pool_blocks
+            )
+            for number in (seed, _CALIBRATION_SEED)
         )
         self.cells_per_epoch = len(centres)
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
-        observed = np.array(
-            [length for number in range(_CALIBRATION_WINDOWS) for length in self._window(number).lengths]
+        # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their compilations.
+        observed = np.concatenate(
+            [
+                self._read_window(calibration, _CALIBRATION_SEED, number).lengths
+                for number in range(_CALIBRATION_WINDOWS)
+            ]
         )
         self.token_ladder, self.decoder_ladder = (
             fit_ladder(lengths, n_rungs=rungs, multiple=config.length_multiple, longest=longest)
@@ -154,8 +158,8 @@ class TissueLoader:
         number, place = divmod(step, self.config.window)
         window = self._window(number)
         longest, longest_decoder = window.lengths[place]
-        length = self.token_ladder.rung(longest)
-        decoder_length = self.decoder_ladder.rung(longest_decoder)
+        length = self.token_ladder.rung(int(longest))
+        decoder_length = self.decoder_ladder.rung(int(longest_decoder))
         parts = [
             window.samples[shard].collate(window.rows[shard][place], length, decoder_length, self._rows)
             for shard in self._own
@@ -173,26 +177,26 @@ class TissueLoader:
     def _window(self, number: int) -> _Window:
         with self._lock:
             if number not in self._windows:
-                self._windows[number] = self._read_window(number)
+                self._windows[number] = self._read_window(self._streams, self._seed, number)
                 if len(self._windows) > 2:
                     self._windows.popitem(last=False)
             return self._windows[number]
 
-    def _read_window(self, number: int) -> _Window:
+    def _read_window(self, streams: ShardStreams, seed: int, number: int) -> _Window:
         steps, per_window = self.config.window, self.config.window * self._rows
-        order = np.random.default_rng([self._seed, _WINDOW_ORDER, number]).permutation(steps)
+        order = np.random.default_rng([seed, _WINDOW_ORDER, number]).permutation(steps)
         samples, rows, lengths = [], [], np.zeros((steps, 2), np.int64)
         # The static length of a step must hold the rows of all hosts, so each host measures all shards.
         for shard in range(self.config.virtual_shards):
-            cells = self._streams.draw(shard, number * per_window, (number + 1) * per_window)
-            read = self._reader.read(cells, draw=number * steps, seed=self._seed, rates=self._rates)
+            cells = streams.draw(shard, number * per_window, (number + 1) * per_window)
+            read = self._reader.read(cells, draw=number * steps, seed=seed, rates=self._rates)
             groups = order_by_length(read).reshape(steps, self._rows)
             for place, group in zip(order, groups, strict=True):
                 longest = read.tokens.lengths[group].max(), read.decoder.lengths[group].max()
                 lengths[place] = np.maximum(lengths[place], longest)
             samples.append(read)
             rows.append([groups[rank] for rank in np.argsort(order)])
-        return _Window(samples, rows, [(int(tokens), int(genes)) for tokens, genes in lengths])
+        return _Window(samples, rows, lengths)
 
 
 class _Steps:

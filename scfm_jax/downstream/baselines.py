@@ -1,9 +1,9 @@
-"""Baselines of masked-expression prediction, from each gene's mean to boosted trees, on the model's own masks.
+"""Baselines of masked-expression prediction, from each gene's mean to boosted trees, on the model's masks.
 
 Each learns from whole training cells what a masked entry holds. A non-zero is masked at one rate and a zero
 at another, so an entry counts as much as it would be masked: its weight is its rate, which is the expectation
 over masks of training on masked entries alone. The features of `ridge` and `gradient_boosting` are the cell's
-other genes behind a mask drawn at the same rates, so that they look as they do in a test cell.
+other genes behind the training cells' own mask, so that they look as they do in a test cell.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class TrainingCells:
     ----------
     values
         True values, float32.
+    targets
+        What each entry would be if it were masked: under normalisation by what is visible, its own count does not
+        belong to the total that it is divided by. Otherwise equal to `values`.
+    mask
+        A mask drawn at the rates of the test's: features look as they do in a test cell.
     nonzero
         Whether the count is above zero.
     neighbour_mean
@@ -45,6 +50,8 @@ class TrainingCells:
     """
 
     values: Float32[np.ndarray, "n g"]
+    targets: Float32[np.ndarray, "n g"]
+    mask: Bool[np.ndarray, "n g"]
     nonzero: Bool[np.ndarray, "n g"]
     neighbour_mean: Float32[np.ndarray, "n g"]
     depth: Float32[np.ndarray, " n"]
@@ -53,7 +60,7 @@ class TrainingCells:
 
 @dataclass(frozen=True, eq=False)
 class MaskedCells:
-    """Cells of the same panel behind a mask, fields as in `TrainingCells`; what the mask hides is never read."""
+    """Cells of the same panel behind a mask, fields as in `TrainingCells`; hidden values are never read."""
 
     values: Float32[np.ndarray, "m g"]
     mask: Bool[np.ndarray, "m g"]
@@ -90,24 +97,24 @@ def weighted_gene_mean(
     train: TrainingCells, test: MaskedCells, rates: tuple[float, float]
 ) -> Float32[np.ndarray, "m g"]:
     """Each gene's training mean weighted by the mask rates: the best constant for masked entries."""
-    mean = _weighted_mean(train.values, _weights(train, rates))
+    mean = _weighted_mean(train.targets, _weights(train, rates))
     return np.broadcast_to(mean.astype(np.float32), test.mask.shape).copy()
 
 
 def calibrated_neighbours(
     train: TrainingCells, test: MaskedCells, rates: tuple[float, float]
 ) -> Float32[np.ndarray, "m g"]:
-    """Per gene, weighted least squares of the value on an intercept and the neighbours' mean of the same gene.
+    """Per gene, weighted least squares of the value on an intercept and the gene's mean over neighbours.
 
     Column masking forbids a model to see what this baseline reads. A gene whose neighbours' mean never varies
     gets its weighted mean.
     """
     weight = _weights(train, rates)
     x_mean = _weighted_mean(train.neighbour_mean, weight)
-    y_mean = _weighted_mean(train.values, weight)
+    y_mean = _weighted_mean(train.targets, weight)
     x = train.neighbour_mean - x_mean
     variance = (weight * x * x).sum(0)
-    covariance = (weight * x * (train.values - y_mean)).sum(0)
+    covariance = (weight * x * (train.targets - y_mean)).sum(0)
     # Below rounding, the variance of a constant is noise and the slope would be too.
     varies = variance > 1e-9 * (weight * np.square(train.neighbour_mean)).sum(0)
     slope = np.divide(covariance, variance, out=np.zeros_like(variance), where=varies)
@@ -137,7 +144,7 @@ def ridge(
         L2 penalties of the squared weights per unit of entry weight; each gene takes the best on training
         blocks held out and is then fitted on all.
     seed
-        Of the training mask and of the blocks held out.
+        Of the blocks held out.
 
     Notes
     -----
@@ -145,24 +152,22 @@ def ridge(
     for g genes, z non-zeros in all and s strengths it costs g^2 z + s g^4 / 3 multiply-adds, minutes on two
     cores at 8,000 cells of 960 genes.
     """
-    rng = np.random.default_rng(seed)
     weight = _weights(train, rates)
     masked_mean = _weighted_mean(train.values, weight)
-    hidden = rng.random(weight.shape) < weight
     centre, spread = train.depth.mean(), max(float(train.depth.std()), 1e-6)
 
     def design(values: np.ndarray, mask: np.ndarray, depth: np.ndarray) -> Float64[np.ndarray, "n g+2"]:
         genes = np.where(mask, masked_mean, values) - masked_mean
         return np.column_stack([genes, (depth - centre) / spread, np.ones(len(depth))]).astype(np.float64)
 
-    x, x_test = design(train.values, hidden, train.depth), design(test.values, test.mask, test.depth)
+    x, x_test = design(train.values, train.mask, train.depth), design(test.values, test.mask, test.depth)
     validation = _validation_cells(train.block, seed)
     folds = [
-        _Fold(x[rows], train.values[rows], train.nonzero[rows], rates) for rows in (~validation, validation)
+        _Fold(x[rows], train.targets[rows], train.nonzero[rows], rates) for rows in (~validation, validation)
     ]
-    x_validation, y_validation = x[validation], train.values[validation]
+    x_validation, y_validation = x[validation], train.targets[validation]
     prediction = np.empty(test.mask.shape, np.float32)
-    for gene in range(prediction.shape[1]):
+    for gene in range(test.mask.shape[1]):
         fit, held_out = (fold.normal_equations(gene) for fold in folds)
         errors = []
         for strength in strengths:
@@ -182,7 +187,7 @@ def gradient_boosting(
     *,
     genes: Int[np.ndarray, " s"] | None = None,
     learning_rate: float = 0.1,
-    max_iterations: int = 100,
+    max_iterations: int = 200,
     max_leaf_nodes: int = 8,
     seed: int = 0,
 ) -> Float32[np.ndarray, "m s"]:
@@ -200,15 +205,13 @@ def gradient_boosting(
         Of the boosting; each gene takes the number of trees that is best on training blocks held out and is
         then fitted on all.
     seed
-        Of the training mask and of the blocks held out.
+        Of the blocks held out.
 
     Returns
     -------
     One column for each of `genes`, in their order.
     """
-    rng = np.random.default_rng(seed)
     weight = _weights(train, rates)
-    hidden = rng.random(weight.shape) < weight
     edges = [_bin_edges(values) for values in (*train.values.T, train.depth)]
 
     def design(values: np.ndarray, mask: np.ndarray, depth: np.ndarray) -> Float32[np.ndarray, "n g+1"]:
@@ -216,14 +219,14 @@ def gradient_boosting(
         hidden = np.column_stack([mask, np.zeros(len(mask), bool)])
         return np.where(hidden, np.nan, np.stack(codes, axis=1)).astype(np.float32)
 
-    x, x_test = design(train.values, hidden, train.depth), design(test.values, test.mask, test.depth)
+    x, x_test = design(train.values, train.mask, train.depth), design(test.values, test.mask, test.depth)
     validation = _validation_cells(train.block, seed)
     columns = np.arange(weight.shape[1]) if genes is None else np.asarray(genes)
     # One thread a gene: over so few cells OpenMP's threads wait for one another.
     predictions = Parallel(n_jobs=-1)(
         delayed(_boosted)(
             np.delete(x, gene, axis=1),
-            train.values[:, gene],
+            train.targets[:, gene],
             weight[:, gene],
             np.delete(x_test, gene, axis=1),
             validation=validation,
@@ -250,6 +253,8 @@ def _boosted(
     trees: HistGradientBoostingRegressor,
 ) -> Float64[np.ndarray, " m"]:
     fit = ~validation
+    if not weight[fit].any():  # a gene that is never masked
+        return np.zeros(len(x_test))
     trees.fit(x[fit], y[fit], sample_weight=weight[fit])
     errors = [weight[validation] @ np.square(y[validation] - p) for p in trees.staged_predict(x[validation])]
     trees.set_params(max_iter=int(np.argmin(errors)) + 1)
@@ -257,7 +262,7 @@ def _boosted(
 
 
 def _bin_edges(values: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " e"]:
-    """Quantiles of the distinct values; scikit-learn's binning of weighted data takes longer than the trees."""
+    """Quantiles of the distinct values: scikit-learn's binning of weighted data is slower than the trees."""
     return np.quantile(np.unique(values), np.linspace(0, 1, N_BINS + 1)[1:-1])
 
 

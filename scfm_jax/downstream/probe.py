@@ -93,21 +93,27 @@ def probe(
         if not np.isfinite(features).all():
             raise InputError(name, "some features are not finite", "leave these cells or features out")
 
-    def fitted(strength: float, rows: np.ndarray) -> Pipeline:
+    def reduced(rows: np.ndarray) -> Pipeline:
         steps = [StandardScaler()]
         if n_components is not None:
             steps.append(PCA(min(n_components, len(rows), features_train.shape[1]), random_state=seed))
-        steps.append(LogisticRegression(C=strength, max_iter=2000))
-        return make_pipeline(*steps).fit(features_train[rows], labels_train[rows])
+        return make_pipeline(*steps).fit(features_train[rows])
 
     fit, held_out = _split_blocks(labels_train, blocks_train, seed)
-    scores = [fitted(c, fit).score(features_train[held_out], labels_train[held_out]) for c in strengths]
+    reduce = reduced(fit)
+    x_fit, x_held_out = reduce.transform(features_train[fit]), reduce.transform(features_train[held_out])
+    scores = [
+        _regression(c).fit(x_fit, labels_train[fit]).score(x_held_out, labels_train[held_out])
+        for c in strengths
+    ]
     strength = strengths[int(np.argmax(scores))]  # of equals the first: the strongest penalty
-    model = fitted(strength, np.arange(len(labels_train)))
-    predictions = model.predict(features_test)
+    reduce = reduced(np.arange(len(labels_train)))
+    model = _regression(strength).fit(reduce.transform(features_train), labels_train)
+    x_test = reduce.transform(features_test)
+    predictions = model.predict(x_test)
     return Probe(
         predictions=predictions,
-        probabilities=model.predict_proba(features_test),
+        probabilities=model.predict_proba(x_test),
         classes=model.classes_,
         accuracy=float(accuracy_score(labels_test, predictions)),
         macro_f1=float(
@@ -145,10 +151,14 @@ def own_and_neighbour_features(
     return np.hstack([np.asarray(own, np.float32), neighbour_mean(log_values, neighbours)])
 
 
+def _regression(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=2000)
+
+
 def _split_blocks(
     labels: Shaped[np.ndarray, " n"], blocks: Int[np.ndarray, " n"], seed: int
 ) -> tuple[Int[np.ndarray, " f"], Int[np.ndarray, " v"]]:
-    """Rows to fit on and rows of other blocks to choose on; of several draws the one that keeps most classes."""
+    """Rows to fit on, and rows of other blocks to choose on: the draw of several that keeps most classes."""
     if len(np.unique(blocks)) < 2:
         raise InputError("blocks_train", "all training cells lie in one block", "give at least two blocks")
     draws = GroupShuffleSplit(n_splits=16, test_size=VALIDATION_SHARE, random_state=seed)

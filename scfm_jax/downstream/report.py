@@ -149,15 +149,17 @@ def _draw_loss(history: Sequence[Mapping[str, Any]]) -> tuple[Figure, str]:
     caption = "Loss over the steps of training"
     if len(steps):
         window = max(1, len(steps) // 40)
-        ax.plot(steps, loss, color=PALETTE[4], linewidth=0.8, alpha=0.55)
+        smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
         if window > 1:
-            smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
-            ax.plot(steps[window // 2 :][: len(smooth)], smooth, color=PALETTE[0], linewidth=1.8)
+            ax.plot(steps, loss, color=PALETTE[4], linewidth=0.8, alpha=0.55)
             caption += f" (pale: each record, dark: mean of {window})"
-        _name_line(ax, "training", PALETTE[0])
+        ax.plot(
+            steps[window // 2 :][: len(smooth)], smooth, color=PALETTE[0], linewidth=1.8, label="training"
+        )
     if len(eval_steps):
-        ax.plot(eval_steps, eval_loss, color=PALETTE[5], linewidth=1.4, marker="o", markersize=4)
-        _name_line(ax, "held-out cells", PALETTE[5])
+        style: Any = {"color": PALETTE[5], "linewidth": 1.4, "marker": "o", "markersize": 4}
+        ax.plot(eval_steps, eval_loss, label="held-out cells", **style)
+    ax.legend(loc="upper right")
     every = np.concatenate([loss, eval_loss])
     every = every[np.isfinite(every)]
     if len(every) and every.min() > 0 and every.max() > 10 * every.min():
@@ -265,11 +267,6 @@ def _draw_tissue(tissue: Tissue) -> tuple[Figure, str]:
         f"{n_cells:,} held-out cells; {n_wrong:,} of them ({n_wrong / n_cells:.1%}) wrong, marked by a cross."
     )
     return figure, caption
-
-
-def _name_line(ax: Any, label: str, colour: str) -> None:
-    ax.plot([], [], color=colour, linewidth=1.8, label=label)
-    ax.legend(loc="upper right")
 
 
 def _class_colour(index: int) -> tuple[float, float, float]:

@@ -76,6 +76,9 @@ class RunConfig:
         Of weights, order and masks.
     split, data, model, objective, optimiser, mesh
         See their classes.
+    initial_weights
+        A run directory whose best checkpoint gives the first parameters (training with more neighbours can start from
+        a run with fewer); empty draws them from the seed.
     technologies
         Train and evaluate on slides of these only; empty is all.
     evaluate_every, evaluate_cells
@@ -97,6 +100,7 @@ class RunConfig:
     objective: ColumnMaskingConfig = field(default_factory=ColumnMaskingConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    initial_weights: str = ""
     technologies: tuple[str, ...] = ()
     evaluate_every: int = 1_000
     evaluate_cells: int = 2_048

@@ -23,6 +23,7 @@ from jaxtyping import Int64
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.errors import InputError
+from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import abstract, count_parameters, initialise
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import RunConfig, from_dict
@@ -84,9 +85,10 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     ) as checkpoints, stop_signals() as stopped:
         start = (checkpoints.latest or 0) if resume else 0
         fresh = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)
-        state = (
-            checkpoints.restore(start, abstract_state(jax.eval_shape(fresh), shardings)) if start else fresh()
-        )
+        like = abstract_state(jax.eval_shape(fresh), shardings)
+        state = checkpoints.restore(start, like) if start else fresh()
+        if config.initial_weights and not start:
+            state["parameters"] = initial_parameters(Path(config.initial_weights), corpus, like)
         report(
             {
                 "training_cells": len(train_cells),
@@ -145,6 +147,18 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
             if saved != step:
                 checkpoints.save(step, state)
     return step
+
+
+def initial_parameters(folder: Path, corpus: Corpus, like: State) -> Any:
+    """Parameters of another run's best checkpoint, for the same vocabulary and geometry."""
+    if not (folder / "vocabulary.json").is_file():
+        raise InputError(folder, "is no run directory (initial_weights)", "name a folder that scfm train wrote")
+    if Vocabulary.read(folder / "vocabulary.json").hash != corpus.vocabulary.hash:
+        raise InputError(folder, "has another vocabulary than the corpus (initial_weights)", "start from the seed")
+    with Checkpoints(folder / "checkpoints") as other:
+        if other.best is None:
+            raise InputError(folder, "has no checkpoint (initial_weights)", "train it first")
+        return other.restore(other.best, like)["parameters"]
 
 
 def make_step(
@@ -281,6 +295,7 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
         "devices": [device.device_kind for device in jax.devices()],
         "packages": {name: version(name) for name in packages},
     }
+    corpus.vocabulary.save(folder / "vocabulary.json")
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 

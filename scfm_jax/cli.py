@@ -1,0 +1,378 @@
+"""The command ``scfm``: one function a verb, each thin."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from scfm_jax.errors import DataWarning, InputError
+
+Labels = Annotated[str, arg(metavar="COLUMN,...")]
+
+
+@dataclasses.dataclass
+class GeneTables:
+    """Tables that let gene names meet."""
+
+    gene_names: Path | None = None
+    """Ensembl id and symbol, .csv or .tsv: lets files named by ids meet vocabularies named by symbols."""
+    orthologs: Path | None = None
+    """Human and mouse symbol, .csv or .tsv: lets mouse files meet human vocabularies."""
+    aliases: Path | None = None
+    """Alias and name, .csv or .tsv."""
+
+    def read(self) -> dict[str, Any]:
+        from scfm_jax import genes
+
+        return {
+            "gene_names": self.gene_names and genes.read_gene_names(self.gene_names),
+            "orthologs": self.orthologs and genes.read_orthologs(self.orthologs),
+            "aliases": self.aliases and genes.read_aliases(self.aliases),
+        }
+
+
+@dataclasses.dataclass
+class Reading:
+    """How the files are to be read (a sources.toml says it for each file apart)."""
+
+    species: str = ""
+    """human, mouse, ..."""
+    technology: str = ""
+    """merfish, xenium, cosmx, ..."""
+    section: str | None = None
+    """obs column, where a file holds several pieces of tissue."""
+    labels: Labels = ""
+    """obs columns to carry along."""
+    layer: str | None = None
+    """Where the raw counts are: X, raw, or the name of a layer. Found by itself if not given."""
+    coordinates: str = "spatial"
+    """obsm key, or two obs columns as X,Y."""
+    um_per_unit: float | None = None
+    """Size of a coordinate unit in um."""
+    max_radius: float | None = None
+    """Neighbours farther than this (um) do not count."""
+    dissociated: bool = False
+    """The cells have no coordinates."""
+
+    def source(self, path: Path) -> Any:
+        from scfm_jax.corpus import Source
+
+        for field in ("species", "technology"):
+            if not getattr(self, field):
+                raise InputError(path, f"--{field} is not given", f"add --{field} NAME, or use a sources.toml")
+        columns = tuple(self.coordinates.split(","))
+        return Source(
+            path=str(path),
+            species=self.species,
+            technology=self.technology,
+            layer=self.layer,
+            spatial=not self.dissociated,
+            coordinates=(columns[0], columns[1]) if len(columns) == 2 else self.coordinates,
+            section=self.section,
+            labels=tuple(filter(None, self.labels.split(","))),
+            um_per_unit=self.um_per_unit,
+            max_radius=self.max_radius,
+        )
+
+
+def corpus_build(
+    out: Positional[Path],
+    files: Positional[tuple[Path, ...]],
+    /,
+    reading: Annotated[Reading, arg(name="")],
+    tables: Annotated[GeneTables, arg(name="")],
+    vocabulary: Path | None = None,
+    min_counts: int = 1,
+    neighbours: int = 64,
+    json: bool = False,
+) -> None:
+    """Build a corpus from h5ad files, or from one sources.toml that lists them.
+
+    Parameters
+    ----------
+    out
+        The new corpus, a folder.
+    files
+        AnnData files with raw counts, or one sources.toml.
+    vocabulary
+        Genes to align to (.tsv, .csv, .json, or the var of an .h5ad). Built from the files if not given.
+    min_counts
+        Cells with fewer counts of vocabulary genes are dropped, and counted.
+    neighbours
+        Nearest neighbours to store for each cell.
+    json
+        Print the report as JSON.
+    """
+    from scfm_jax.console import Bar
+    from scfm_jax.corpus import Corpus, build_corpus, read_sources
+    from scfm_jax.genes import Vocabulary
+
+    if not files:
+        raise InputError("corpus build", "no file is given", "name h5ad files or one sources.toml")
+    if [path.suffix for path in files] == [".toml"]:
+        sources = read_sources(files[0])
+    else:
+        sources = [reading.source(path) for path in files]
+    given = tables.read()
+    chosen = vocabulary and Vocabulary.read(vocabulary, gene_names=given["gene_names"])
+    with Bar("building", quiet=json) as bar:
+        report = build_corpus(
+            out,
+            sources,
+            vocabulary=chosen,
+            min_counts=min_counts,
+            n_neighbours=neighbours,
+            progress=lambda what, done, total: bar.update(done, total, what),
+            **given,
+        )
+    if json:
+        print(_json(report))
+        return
+    _print_build(report)
+    corpus = Corpus.open(out)
+    print(f"{corpus.n_cells:,} cells of {len(corpus.vocabulary):,} genes in {len(corpus.slides)} slides: {out}")
+
+
+def corpus_info(corpus: Positional[Path], /, json: bool = False) -> None:
+    """Say what a corpus holds.
+
+    Parameters
+    ----------
+    corpus
+        A corpus.
+    json
+        Print JSON.
+    """
+    from scfm_jax.corpus import Corpus, corpus_info
+
+    info = corpus_info(Corpus.open(corpus))
+    if json:
+        print(_json(info))
+        return
+    slides = info.pop("slides")
+    for name, value in info.items():
+        print(f"{name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')}: {value}")
+    for slide in slides:
+        print("  " + "  ".join(f"{name}={value}" for name, value in slide.items()))
+
+
+def corpus_verify(corpus: Positional[Path], /) -> int:
+    """Read every byte of a corpus against its checksums; exit 1 where something is damaged.
+
+    Parameters
+    ----------
+    corpus
+        A corpus.
+    """
+    from scfm_jax.corpus import verify_corpus
+
+    problems = verify_corpus(corpus)
+    for problem in problems:
+        print(problem)
+    print(f"{corpus}: " + (f"{len(problems)} problems" if problems else "whole"))
+    return 1 if problems else 0
+
+
+def train(
+    recipe: Positional[Path],
+    run: Positional[Path],
+    /,
+    resume: bool = False,
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
+) -> None:
+    """Pretrain a model. Any field of the recipe is a flag: --corpus PATH --optimiser.steps 500.
+
+    Parameters
+    ----------
+    recipe
+        A Python file with a function recipe(); see experiments/.
+    run
+        The run directory to write.
+    resume
+        Go on from the newest checkpoint of the run directory.
+    """
+    from scfm_jax.console import TrainingBar
+    from scfm_jax.training.config import load_recipe, override
+    from scfm_jax.training.train import train
+
+    config = override(load_recipe(recipe), overrides, str(recipe))
+    if not config.corpus:
+        raise InputError(recipe, "names no corpus", "add --corpus PATH")
+    _cache_compilations()
+    with TrainingBar(config.optimiser.steps) as bar:
+        done = train(config, run, resume=resume, report=bar.report)
+    if done < config.optimiser.steps:
+        print(f"stopped and saved at step {done:,}; go on with: scfm train {recipe} {run} --resume")
+    else:
+        print(f"trained {done:,} steps: {run}")
+
+
+def embed(
+    run: Positional[Path],
+    file: Positional[Path],
+    /,
+    output: Annotated[Path, arg(aliases=["-o"])],
+    reading: Annotated[Reading, arg(name="")],
+    tables: Annotated[GeneTables, arg(name="")],
+    pooling: Literal["mean", "max"] = "mean",
+    key_added: str = "X_tissue",
+    checkpoint: Literal["best", "last"] = "best",
+    json: bool = False,
+) -> None:
+    """Write an h5ad file with the embedding of every cell in obsm, and how it was made in uns.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    file
+        AnnData with raw counts.
+    output
+        The new h5ad file.
+    pooling
+        Over the gene tokens of the cell itself.
+    key_added
+        Key in obsm and uns.
+    checkpoint
+        The best by held-out loss, or the last.
+    json
+        Print what was done as JSON.
+    """
+    from scfm_jax.console import Bar
+    from scfm_jax.downstream.embed import embed_file
+    from scfm_jax.downstream.model import open_model
+
+    _cache_compilations()
+    model = open_model(run, checkpoint=checkpoint)
+    with Bar("embedding", quiet=json) as bar:
+        record = embed_file(
+            model,
+            reading.source(file),
+            output,
+            pooling=pooling,
+            key_added=key_added,
+            progress=bar.update,
+            **tables.read(),
+        )
+    if json:
+        print(_json(record))
+        return
+    _print_build(record.pop("build"))
+    print(
+        f"{record['cells_embedded']:,} cells embedded ({record['cells_without_counts']:,} without counts are NaN): "
+        f'{output}, obsm["{key_added}"]'
+    )
+
+
+def demo(out: Positional[Path] = Path("runs/demo"), /) -> None:
+    """Simulate a tissue, pretrain on it, embed and score held-out cells, and write a report. About five minutes.
+
+    Parameters
+    ----------
+    out
+        A new folder.
+    """
+    from scfm_jax.downstream.demo import run_demo
+
+    _cache_compilations()
+    page = run_demo(out)
+    print(f"the report: {page}")
+
+
+_VERBS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "corpus build": corpus_build,
+    "corpus info": corpus_info,
+    "corpus verify": corpus_verify,
+    "train": train,
+    "embed": embed,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 1 where a check found something, 2 for bad input."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    warnings.showwarning = _show_warning
+    name = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        asked = not words or words[0] in ("-h", "--help")
+        print(_usage() if asked else f"scfm: no verb {' '.join(words[:2])!r}; {_usage()}", file=sys.stderr)
+        return 0 if asked else 2
+    verb, words = _VERBS[name], words[len(name.split()) :]
+    if verb is train:
+        words, flags = _split_overrides(words)
+        verb = functools.partial(train, overrides=tuple(flags))
+    try:
+        return tyro.cli(verb, prog=f"scfm {name}", description=_VERBS[name].__doc__, args=words) or 0
+    except InputError as error:
+        print(f"scfm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scfm: interrupted", file=sys.stderr)
+        return 130
+
+
+def _usage() -> str:
+    lines = [f"  {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in _VERBS.items()]
+    return "\n".join(["usage: scfm VERB ... (scfm VERB --help says more)", "", *lines])
+
+
+def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """Flags of the verb itself, and those that override the recipe with their values."""
+    own, flags, rest = [], [], iter(words)
+    for word in rest:
+        if not word.startswith("--") or word in ("--resume", "--no-resume", "--help"):
+            own.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word:
+            value = next(rest, None)
+            flags.extend([] if value is None else [value])
+    return own, flags
+
+
+def _cache_compilations() -> None:
+    """Compilations outlive the process: the next run of the same shapes starts at once."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "scfm_jax" / "xla"))
+
+
+def _print_build(report: dict[str, Any]) -> None:
+    for file in report["files"]:
+        genes, dropped = file["genes"], sum(file["dropped"].values())
+        outcomes = ", ".join(
+            f"{genes[f'n_{outcome}']:,} {outcome}"
+            for outcome in ("matched", "unmatched", "ambiguous", "merged", "displaced")
+        )
+        print(
+            f"{Path(file['path']).name}: {file['n_kept']:,} of {file['n_cells']:,} cells kept"
+            + (f" ({', '.join(f'{n:,} {why}' for why, n in file['dropped'].items() if n)})" if dropped else "")
+            + f"; genes: {outcomes}; {genes['share_lost']:.1%} of counts lost"
+        )
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+    if issubclass(category, DataWarning):
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

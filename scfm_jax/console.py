@@ -1,0 +1,91 @@
+"""What a person sees while a command runs: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Bar:
+    """A progress bar with a note beside it; where standard error is no terminal, a line every ten seconds.
+
+    Parameters
+    ----------
+    what
+        What is being done.
+    quiet
+        Show nothing.
+    """
+
+    def __init__(self, what: str, *, quiet: bool = False) -> None:
+        self._what, self._quiet = what, quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._live = self._console.is_terminal and not quiet
+        self._last_line = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(what, total=None, note="")
+
+    def __enter__(self) -> Bar:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def update(self, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` is done."""
+        if self._live:
+            self._progress.update(self._task, completed=done, total=total, note=note)
+        elif not self._quiet and (done == total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES):
+            self._last_line = time.monotonic()
+            print(f"{self._what}: {done:,}/{total:,} {note}".rstrip(), file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if not self._quiet:
+            self._console.print(line, markup=False)
+
+
+class TrainingBar(Bar):
+    """Shows the rows that training reports: what was found, losses, held-out losses."""
+
+    def __init__(self, steps: int, *, quiet: bool = False) -> None:
+        super().__init__("training", quiet=quiet)
+        self._steps = steps
+        self._held_out = ""
+
+    def report(self, row: dict[str, Any]) -> None:
+        """Take a row of `scfm_jax.training.train.train`."""
+        if "parameters" in row:
+            self.say(
+                f"{row['training_cells']:,} training cells, {row['held_out_cells']:,} held out; "
+                f"{row['parameters']:,} parameters; {row['devices']}; attention {row['attention']}"
+                + (f"; resumed at step {row['step']:,}" if row["step"] else "")
+            )
+        elif "held_out_loss" in row:
+            self._held_out = f" held-out {row['held_out_loss']:.4f}"
+            self.say(
+                f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f} "
+                f"(non-zeros {row['held_out_nonzero_error']:.4f}, zeros {row['held_out_zero_error']:.4f})"
+            )
+        else:
+            note = f"loss {row['loss']:.4f}{self._held_out}  {row['tokens_per_second']:,.0f} tokens/s"
+            self.update(row["step"], self._steps, note)

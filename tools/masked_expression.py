@@ -1,0 +1,159 @@
+"""Held-out masked expression of trained runs beside the baselines: a table with paired intervals, and JSON.
+
+    python tools/masked_expression.py CORPUS RUN [RUN ...] --json OUT.json
+
+All runs must share the split, the technologies and the objective. Every method predicts the same masked entries of the same
+held-out cells (mask seed 0). Runs that differ only in the seed are averaged in error, and their spread is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.split import split_cells
+from scfm_jax.downstream import baselines, metrics
+from scfm_jax.downstream.imputation import MaskedExpression, masked_expression, predict_masked
+from scfm_jax.downstream.model import open_model
+from scfm_jax.training.train import select_cells
+
+PARTS = ("all", "nonzero", "zero", "inverse_rate")
+REFERENCE = "weighted gene mean"
+
+
+@dataclass
+class Arguments:
+    """Compare runs with baselines on held-out masked expression."""
+
+    corpus: Annotated[Path, tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    json: Path | None = None
+    """Where to write all figures."""
+    test_cells: int = 0
+    """A fixed random subset of the held-out cells; 0 is all."""
+    train_cells: int = 0
+    """A fixed random subset of the training cells for the baselines; 0 is all."""
+    boosted_genes: int = 0
+    """Genes for gradient boosting; 0 is all. With fewer, all methods are compared again on these alone."""
+    best: bool = True
+    """Use the best checkpoint by held-out loss rather than the last."""
+
+
+def main(arguments: Arguments) -> None:
+    corpus = Corpus.open(arguments.corpus)
+    models = {run: open_model(run, checkpoint="best" if arguments.best else "last") for run in arguments.runs}
+    config = next(iter(models.values())).config
+    for model in models.values():
+        other = model.config
+        if (other.split, other.technologies, other.objective) != (config.split, config.technologies, config.objective):
+            raise SystemExit("the runs differ in split, technologies or objective: compare them apart")
+    split = split_cells(corpus, config.split)
+    train, test = select_cells(corpus, split, config)
+    if arguments.test_cells:
+        test = subset(test, arguments.test_cells)
+    if arguments.train_cells:
+        train = subset(train, arguments.train_cells)
+    rates = (config.objective.nonzero_rate, config.objective.zero_rate)
+    seen = masked_expression(corpus, train, config.objective, seed=1)
+    held = masked_expression(corpus, test, config.objective, seed=0)
+    block = split.block[test]
+    print(f"{len(train):,} training cells, {len(test):,} held-out cells, {len(held.panel)} genes, {len(np.unique(block))} blocks")
+
+    cells = baselines.TrainingCells(
+        seen.values, seen.targets, seen.mask, seen.counts > 0, seen.neighbour_mean, np.log(seen.total), split.block[train]
+    )
+    masked = baselines.MaskedCells(held.values, held.mask, held.neighbour_mean, np.log(held.total))
+    predictions: dict[str, np.ndarray] = {}
+    for name, baseline in {
+        REFERENCE: baselines.weighted_gene_mean,
+        "calibrated neighbours (sees the masked column)": baselines.calibrated_neighbours,
+        "ridge": baselines.ridge,
+    }.items():
+        started = time.perf_counter()
+        predictions[name] = baseline(cells, masked, rates)
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+    genes = np.arange(len(held.panel))
+    if arguments.boosted_genes:
+        genes = np.sort(np.random.default_rng(0).permutation(genes)[: arguments.boosted_genes])
+    started = time.perf_counter()
+    boosted = baselines.gradient_boosting(cells, masked, rates, genes=genes)
+    print(f"gradient boosting, {len(genes)} genes: {time.perf_counter() - started:.0f} s", flush=True)
+    for run, model in models.items():
+        value, target, mask = predict_masked(model, corpus, test, held.panel, seed=0)
+        assert np.array_equal(mask, held.mask), "the model masked other entries than the baselines"
+        np.testing.assert_allclose(target[mask], held.values[mask], rtol=1e-4, atol=1e-4)
+        predictions[str(run)] = value
+    result: dict[str, Any] = {"panel": table(predictions, held, block, rates, np.arange(len(held.panel)))}
+    whole = np.zeros(held.mask.shape, np.float32)
+    whole[:, genes] = boosted
+    key = "panel" if len(genes) == len(held.panel) else f"{len(genes)} genes"
+    result[key] = table({**predictions, "gradient boosting": whole}, held, block, rates, genes)
+    for name, rows in result.items():
+        print(f"\n{name}")
+        show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def subset(cells: np.ndarray, size: int) -> np.ndarray:
+    """At most `size` of `cells`, drawn by a constant seed."""
+    if len(cells) <= size:
+        return cells
+    return np.sort(np.random.default_rng(0).choice(cells, size, replace=False))
+
+
+def table(
+    predictions: dict[str, np.ndarray],
+    held: MaskedExpression,
+    block: np.ndarray,
+    rates: tuple[float, float],
+    genes: np.ndarray,
+) -> dict[str, Any]:
+    """Scores of every method over the columns `genes`, and paired ratios to the others."""
+    target, counts, mask = held.values[:, genes], held.counts[:, genes], held.mask[:, genes]
+    errors, rows = {}, {}
+    for name, prediction in predictions.items():
+        errors[name] = metrics.squared_error(target, prediction[:, genes], mask, counts > 0, rates)
+    deviance = {
+        name: metrics.poisson_deviance(
+            counts, prediction[:, genes], mask, counts > 0, rates, total=held.total, target_sum=held.target_sum
+        )
+        for name, prediction in predictions.items()
+    }
+    for name, prediction in predictions.items():
+        rows[name] = {
+            **{part: errors[name][part].mean for part in PARTS},
+            "skill": metrics.skill(errors[name], errors[REFERENCE]),
+            "spearman": metrics.gene_spearman(target, prediction[:, genes], mask).mean,
+            "deviance_skill": metrics.skill(deviance[name], deviance[REFERENCE])["all"],
+            "ratio": {
+                other: metrics.paired_bootstrap(errors[name]["all"], errors[other]["all"], block)._asdict()
+                for other in predictions
+                if other != name
+            },
+        }
+    return rows
+
+
+def show(rows: dict[str, Any]) -> None:
+    """Print a table."""
+    print(f"{'method':<48}{'all':>8}{'non-zero':>10}{'zero':>8}{'inv.rate':>10}{'skill':>8}{'rho':>7}{'dev.':>7}   ratio to mean [95%]")
+    for name, row in rows.items():
+        paired = row["ratio"].get(REFERENCE)
+        interval = f"{paired['ratio']:.3f} [{paired['ratio_low']:.3f}, {paired['ratio_high']:.3f}]" if paired else ""
+        print(
+            f"{name[-47:]:<48}"
+            + f"{row['all']:8.4f}{row['nonzero']:10.4f}{row['zero']:8.4f}{row['inverse_rate']:10.4f}"
+            + f"{row['skill']['all']:8.3f}{row['spearman']:7.3f}{row['deviance_skill']:7.3f}   {interval}"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments))
