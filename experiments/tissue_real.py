@@ -1,8 +1,8 @@
 """A small tissue model for real slides on a laptop: k = 16, our own choices where the published ones harm.
 
-About 240,000 parameters without the gene table. Ours rather than published: normalisation by what is visible, the slide's
-median depth as the target sum, no floor under the depth tokens, a value embedding that tells values apart from step 0,
-one bias a gene, and a learning rate that suits the size.
+About 240,000 parameters without the gene table. Ours rather than published: normalisation by what is visible,
+the slide's median depth as the target sum, no floor under the depth tokens, a value embedding that tells
+values apart from step 0, one bias a gene, and a learning rate that suits the size.
 """
 
 from scfm_jax.corpus.split import SplitConfig

@@ -69,7 +69,9 @@ class Reading:
 
         for field in ("species", "technology"):
             if not getattr(self, field):
-                raise InputError(path, f"--{field} is not given", f"add --{field} NAME, or use a sources.toml")
+                raise InputError(
+                    path, f"--{field} is not given", f"add --{field} NAME, or use a sources.toml"
+                )
         columns = tuple(self.coordinates.split(","))
         return Source(
             path=str(path),
@@ -124,7 +126,8 @@ def corpus_build(
     else:
         sources = [reading.source(path) for path in files]
     given = tables.read()
-    chosen = vocabulary and Vocabulary.read(vocabulary, gene_names=given["gene_names"])
+    names = given["gene_names"]
+    chosen = Vocabulary.read(vocabulary, gene_names=names) if vocabulary else None
     with Bar("building", quiet=json) as bar:
         report = build_corpus(
             out,
@@ -140,7 +143,9 @@ def corpus_build(
         return
     _print_build(report)
     corpus = Corpus.open(out)
-    print(f"{corpus.n_cells:,} cells of {len(corpus.vocabulary):,} genes in {len(corpus.slides)} slides: {out}")
+    print(
+        f"{corpus.n_cells:,} cells of {len(corpus.vocabulary):,} genes in {len(corpus.slides)} slides: {out}"
+    )
 
 
 def corpus_info(corpus: Positional[Path], /, json: bool = False) -> None:
@@ -161,7 +166,11 @@ def corpus_info(corpus: Positional[Path], /, json: bool = False) -> None:
         return
     slides = info.pop("slides")
     for name, value in info.items():
-        print(f"{name.replace('_', ' ')}: {value:,}" if isinstance(value, int) else f"{name.replace('_', ' ')}: {value}")
+        print(
+            f"{name.replace('_', ' ')}: {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' ')}: {value}"
+        )
     for slide in slides:
         print("  " + "  ".join(f"{name}={value}" for name, value in slide.items()))
 
@@ -269,23 +278,25 @@ def embed(
         return
     _print_build(record.pop("build"))
     print(
-        f"{record['cells_embedded']:,} cells embedded ({record['cells_without_counts']:,} without counts are NaN): "
+        f"{record['cells_embedded']:,} cells embedded "
+        f"({record['cells_without_counts']:,} without counts are NaN): "
         f'{output}, obsm["{key_added}"]'
     )
 
 
 def demo(out: Positional[Path] = Path("runs/demo"), /) -> None:
-    """Simulate a tissue, pretrain on it, embed and score held-out cells, and write a report. About five minutes.
+    """Simulate a tissue, pretrain on it, embed and score held-out cells, write a report. Takes minutes.
 
     Parameters
     ----------
     out
         A new folder.
     """
+    from experiments import tissue_demo
     from scfm_jax.downstream.demo import run_demo
 
     _cache_compilations()
-    page = run_demo(out)
+    page = run_demo(out, tissue_demo.recipe())
     print(f"the report: {page}")
 
 
@@ -314,7 +325,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words, flags = _split_overrides(words)
         verb = functools.partial(train, overrides=tuple(flags))
     try:
-        return tyro.cli(verb, prog=f"scfm {name}", description=_VERBS[name].__doc__, args=words) or 0
+        return (
+            tyro.cli(
+                verb,
+                prog=f"scfm {name}",
+                description=(_VERBS[name].__doc__ or "").split("\n\n")[0],
+                args=words,
+            )
+            or 0
+        )
     except InputError as error:
         print(f"scfm: {error}", file=sys.stderr)
         return 2
@@ -346,7 +365,7 @@ def _cache_compilations() -> None:
     """Compilations outlive the process: the next run of the same shapes starts at once."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "scfm_jax" / "xla"))
 
@@ -360,7 +379,11 @@ def _print_build(report: dict[str, Any]) -> None:
         )
         print(
             f"{Path(file['path']).name}: {file['n_kept']:,} of {file['n_cells']:,} cells kept"
-            + (f" ({', '.join(f'{n:,} {why}' for why, n in file['dropped'].items() if n)})" if dropped else "")
+            + (
+                f" ({', '.join(f'{n:,} {why}' for why, n in file['dropped'].items() if n)})"
+                if dropped
+                else ""
+            )
             + f"; genes: {outcomes}; {genes['share_lost']:.1%} of counts lost"
         )
 

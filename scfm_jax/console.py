@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,7 +39,7 @@ class Bar:
         )
         self._task = self._progress.add_task(what, total=None, note="")
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> Self:
         if self._live:
             self._progress.start()
         return self
@@ -54,7 +54,9 @@ class Bar:
         """Show that `done` of `total` is done."""
         if self._live:
             self._progress.update(self._task, completed=done, total=total, note=note)
-        elif not self._quiet and (done == total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES):
+        elif not self._quiet and (
+            done == total or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES
+        ):
             self._last_line = time.monotonic()
             print(f"{self._what}: {done:,}/{total:,} {note}".rstrip(), file=sys.stderr, flush=True)
 

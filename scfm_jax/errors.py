@@ -22,4 +22,4 @@ class InputError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Input that can be used but probably is not what the user means; printed, never raised by the command."""
+    """Input that can be used but probably is not what the user means; the command prints it."""

@@ -2,8 +2,9 @@
 
     python tools/masked_expression.py CORPUS RUN [RUN ...] --json OUT.json
 
-All runs must share the split, the technologies and the objective. Every method predicts the same masked entries of the same
-held-out cells (mask seed 0). Runs that differ only in the seed are averaged in error, and their spread is shown.
+All runs must share the split, the technologies and the objective. Every method predicts the same masked
+entries of the same held-out cells (mask seed 0). Runs that differ only in the seed are averaged in error, and
+their spread is shown.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def main(arguments: Arguments) -> None:
     config = next(iter(models.values())).config
     for model in models.values():
         other = model.config
-        if (other.split, other.technologies, other.objective) != (config.split, config.technologies, config.objective):
+        if (other.split, other.technologies, other.objective) != (
+            config.split,
+            config.technologies,
+            config.objective,
+        ):
             raise SystemExit("the runs differ in split, technologies or objective: compare them apart")
     split = split_cells(corpus, config.split)
     train, test = select_cells(corpus, split, config)
@@ -64,10 +69,19 @@ def main(arguments: Arguments) -> None:
     seen = masked_expression(corpus, train, config.objective, seed=1)
     held = masked_expression(corpus, test, config.objective, seed=0)
     block = split.block[test]
-    print(f"{len(train):,} training cells, {len(test):,} held-out cells, {len(held.panel)} genes, {len(np.unique(block))} blocks")
+    print(
+        f"{len(train):,} training cells, {len(test):,} held-out cells, "
+        f"{len(held.panel)} genes, {len(np.unique(block))} blocks"
+    )
 
     cells = baselines.TrainingCells(
-        seen.values, seen.targets, seen.mask, seen.counts > 0, seen.neighbour_mean, np.log(seen.total), split.block[train]
+        seen.values,
+        seen.targets,
+        seen.mask,
+        seen.counts > 0,
+        seen.neighbour_mean,
+        np.log(seen.total),
+        split.block[train],
     )
     masked = baselines.MaskedCells(held.values, held.mask, held.neighbour_mean, np.log(held.total))
     predictions: dict[str, np.ndarray] = {}
@@ -123,7 +137,13 @@ def table(
         errors[name] = metrics.squared_error(target, prediction[:, genes], mask, counts > 0, rates)
     deviance = {
         name: metrics.poisson_deviance(
-            counts, prediction[:, genes], mask, counts > 0, rates, total=held.total, target_sum=held.target_sum
+            counts,
+            prediction[:, genes],
+            mask,
+            counts > 0,
+            rates,
+            total=held.total,
+            target_sum=held.target_sum,
         )
         for name, prediction in predictions.items()
     }
@@ -144,10 +164,15 @@ def table(
 
 def show(rows: dict[str, Any]) -> None:
     """Print a table."""
-    print(f"{'method':<48}{'all':>8}{'non-zero':>10}{'zero':>8}{'inv.rate':>10}{'skill':>8}{'rho':>7}{'dev.':>7}   ratio to mean [95%]")
+    print(
+        f"{'method':<48}{'all':>8}{'non-zero':>10}{'zero':>8}{'inv.rate':>10}"
+        f"{'skill':>8}{'rho':>7}{'dev.':>7}   ratio to mean [95%]"
+    )
     for name, row in rows.items():
         paired = row["ratio"].get(REFERENCE)
-        interval = f"{paired['ratio']:.3f} [{paired['ratio_low']:.3f}, {paired['ratio_high']:.3f}]" if paired else ""
+        interval = (
+            f"{paired['ratio']:.3f} [{paired['ratio_low']:.3f}, {paired['ratio_high']:.3f}]" if paired else ""
+        )
         print(
             f"{name[-47:]:<48}"
             + f"{row['all']:8.4f}{row['nonzero']:10.4f}{row['zero']:8.4f}{row['inverse_rate']:10.4f}"

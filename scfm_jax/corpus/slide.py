@@ -69,7 +69,8 @@ def write_slide(
     write_array(folder, "total_raw", "total_raw", content.total_raw)
     write_array(folder, "total_matched", "total_matched", content.total_matched)
     classes = {}
-    for number, (name, (codes, names)) in enumerate(content.labels.items()):
+    # Sorted, as the keys of the record will be: an array's number is its label's place there.
+    for number, (name, (codes, names)) in enumerate(sorted(content.labels.items())):
         present = np.unique(codes[codes >= 0])
         classes[name] = [names[code] for code in present]
         write_array(

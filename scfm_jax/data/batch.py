@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias, TypeVar, dataclass_transform
+
 import chex
-import jax
-import numpy as np
 from jaxtyping import Float, Int, UInt32
 
-Array = jax.Array | np.ndarray
+Array: TypeAlias = Any  # NumPy's on the host, JAX's on the device
+T = TypeVar("T")
 
 
-@chex.dataclass(frozen=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _batch(fields: type[T]) -> type[T]:
+    """A chex dataclass that type checkers see as one."""
+    return chex.dataclass(fields, frozen=True)
+
+
+@_batch
 class TissueBatch:
-    """Fixed-shape samples of a centre cell and its k nearest neighbours (``c = k + 1`` cells, the centre first).
+    """Fixed-shape samples: a centre cell and its k nearest neighbours, ``c = k + 1`` cells, the centre first.
 
     Attributes
     ----------
@@ -31,7 +38,8 @@ class TissueBatch:
     target_sum
         Median total of the sample's slide.
     decoder_genes
-        Genes to decode, right-padded with -1: the slide's panel (or the whole vocabulary) and the depth tokens.
+        Genes to decode, right-padded with -1: the slide's panel (or the whole vocabulary) and the depth
+        tokens.
     decoder_counts
         The centre's raw count of each of them; -1 where it was not measured, at depth tokens and at padding.
     index

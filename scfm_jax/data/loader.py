@@ -1,8 +1,9 @@
 """The loader: the batch of step t as a pure function of (seed, t), on any number of hosts.
 
-A window is a run of consecutive steps. Every virtual shard reads the samples of a window at once, sorts them by the tokens
-that survive the mask, and deals them to the window's steps in that order, so that rows of a batch are about equally long
-and little is padding; the steps of a window then follow in an order drawn by the seed.
+A window is a run of consecutive steps. Every virtual shard reads the samples of a window at once, sorts them
+by the tokens that survive the mask, and deals them to the window's steps in that order, so that rows of a
+batch are about equally long and little is padding; the steps of a window then follow in an order drawn by the
+seed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int64
 
@@ -57,7 +59,7 @@ class DataConfig:
     batch_size: int = 32
     virtual_shards: int = 1
     window: int = 64
-    rungs: int = 8
+    rungs: int = 16
     length_multiple: int = 8
     pool_blocks: int = 256
     prefetch: int = 2
@@ -96,7 +98,8 @@ class TissueLoader:
     rates
         Of the mask.
     host
-        This host's number and how many there are; it gets a contiguous run of shards and their rows of the batch.
+        This host's number and how many there are; it gets a contiguous run of shards and their rows of the
+        batch.
 
     Raises
     ------
@@ -138,7 +141,8 @@ class TissueLoader:
         self.cells_per_epoch = len(centres)
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
-        # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their compilations.
+        # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their
+        # compilations.
         observed = np.concatenate(
             [
                 self._read_window(calibration, _CALIBRATION_SEED, number).lengths
@@ -164,9 +168,7 @@ class TissueLoader:
             window.samples[shard].collate(window.rows[shard][place], length, decoder_length, self._rows)
             for shard in self._own
         ]
-        return TissueBatch(
-            **{name: np.concatenate([part[name] for part in parts]) for name in parts[0].keys()}  # noqa: SIM118
-        )
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
     def iterate(self, start: int, stop: int) -> Iterator[TissueBatch]:
         """Batches of steps `start` to `stop`, made ahead in a thread (Grain)."""
@@ -223,7 +225,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Int64[np.ndarray, " b"], TissueBatch]]:
     """Every centre once, in batches of about equal length, with the place of each row in `centres`.
 
-    The mask is that of step `draw`, the same at every evaluation. Only the last batch is filled up, with rows of weight 0.
+    The mask is that of step `draw`, the same at every evaluation. Only the last batch is filled up, with rows
+    of weight 0.
     """
     reader = SampleReader(corpus, config.sample)
     window = config.window * config.batch_size
@@ -234,19 +237,20 @@ def evaluation_batches(
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
             length, decoder_length = (
-                _coarse(int(ragged.lengths[rows].max()), multiple) for ragged in (samples.tokens, samples.decoder)
+                _coarse(int(ragged.lengths[rows].max()), multiple)
+                for ragged in (samples.tokens, samples.decoder)
             )
             yield start + rows, samples.collate(rows, length, decoder_length, config.batch_size)
 
 
 def order_by_length(samples: Samples) -> Int64[np.ndarray, " n"]:
-    """Samples by decoded genes, and among equals by tokens: shortest first and longest first in turn.
+    """Samples by panel, and within one by tokens: shortest first and longest first in turn.
 
-    Where one panel ends and the next begins, rows of like length meet, and a batch across the border pads little.
+    Where one panel ends and the next begins, rows of like length meet, and a batch across the border pads
+    little.
     """
-    classes = np.unique(samples.decoder.lengths, return_inverse=True)[1]
-    direction = np.where(classes % 2, -1, 1)
-    return np.lexsort((direction * samples.tokens.lengths, classes))
+    direction = np.where(samples.panel % 2, -1, 1)
+    return np.lexsort((direction * samples.tokens.lengths, samples.panel))
 
 
 def _coarse(length: int, multiple: int) -> int:

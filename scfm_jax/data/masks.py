@@ -1,20 +1,20 @@
-"""Which genes are masked: a pure function of (seed, step, cell, gene), with the same bits in NumPy and in JAX.
+"""Which genes are masked: a pure function of (seed, step, cell, gene), the same in NumPy and in JAX.
 
-One uniform number belongs to every sample and gene, from the counter-based generator Threefry-2x32 (Salmon et al., SC 2011).
-It depends neither on the number of neighbours nor on padding, row or packing, so that models that see different context are
-scored on the same masked genes, and the loader knows what the jitted loss will mask.
+One uniform number belongs to every sample and gene, from the counter-based generator Threefry-2x32 (Salmon et
+al., SC 2011). It depends neither on the number of neighbours nor on padding, row or packing, so that models
+that see different context are scored on the same masked genes, and the loader knows what the jitted loss will
+mask.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int, Integer, UInt32
 
-Words = TypeVar("Words", np.ndarray, jax.Array)
+Words: TypeAlias = Any  # uint32 arrays, NumPy's or JAX's
 
 _PARITY = np.uint32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -34,7 +34,7 @@ def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tupl
 
 
 def mask_bits(
-    seed: UInt32[Words, "2"],
+    seed: UInt32[Words, 2],
     step: UInt32[Words, " n"],
     cell: UInt32[Words, " n"],
     gene: Integer[Words, "n g"],
@@ -83,6 +83,6 @@ def column_mask(
     return ((counts > 0) & (bits < nonzero)) | ((counts == 0) & (bits < zero))
 
 
-def seed_words(seed: int) -> UInt32[np.ndarray, "2"]:
+def seed_words(seed: int) -> UInt32[np.ndarray, 2]:
     """The two words that `jax.random.key(seed)` holds."""
     return np.array([0, seed], np.uint32)

@@ -1,8 +1,9 @@
 """In which order cells are drawn: endless block-shuffled streams, one for each virtual shard.
 
-Blocks of 64 neighbouring cells are dealt to the shards once, by the seed. In every epoch a shard permutes its blocks, takes
-them in pools, and permutes the cells of a pool; its next epoch follows without a gap, so no remainder is ever dropped. Where a
-position in the stream leads is a pure function of (seed, shard, position): nothing is carried from draw to draw.
+Blocks of 64 neighbouring cells are dealt to the shards once, by the seed. In every epoch a shard permutes its
+blocks, takes them in pools, and permutes the cells of a pool; its next epoch follows without a gap, so no
+remainder is ever dropped. Where a position in the stream leads is a pure function of (seed, shard, position):
+nothing is carried from draw to draw.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ class SampleConfig:
     neighbours
         k, the nearest neighbours beside the centre; 0 is allowed.
     decoder
-        ``panel`` decodes the genes that the slide measured; ``vocabulary`` all genes (published), of which only
-        measured ones are masked.
+        ``panel`` decodes the genes that the slide measured; ``vocabulary`` all genes (published), of which
+        only measured ones are masked.
     panel_limit
-        With ``panel``: a slide that measured more genes than this (a whole transcriptome) has only the centre's expressed
-        genes and the masked ones decoded.
+        With ``panel``: a slide that measured more genes than this (a whole transcriptome) has only the
+        centre's expressed genes and the masked ones decoded.
     """
 
     neighbours: int = 16
@@ -46,7 +46,15 @@ class Ragged:
     columns: dict[str, Int32[np.ndarray, " total"]]
 
     def pad(self, rows: Int64[np.ndarray, " b"], width: int, fill: dict[str, int]) -> dict[str, np.ndarray]:
-        """Chosen rows as arrays [b, width], each column padded with its `fill`."""
+        """Chosen rows as arrays [b, width], each column padded with its `fill`.
+
+        Raises
+        ------
+        ValueError
+            A row is longer; nothing is ever cut off.
+        """
+        if self.lengths[rows].max() > width:
+            raise ValueError(f"{self.lengths[rows].max()} values do not fit a width of {width}")
         steps = np.arange(width)
         real = steps < self.lengths[rows, None]
         source = np.where(real, self.starts[rows, None] + steps, 0)
@@ -58,17 +66,24 @@ class Ragged:
 
 @dataclass
 class Samples:
-    """Samples before they are padded: `tokens` has genes, counts, cells and slots, `decoder` genes and counts."""
+    """Samples before they are padded.
+
+    `tokens` has genes, counts, cells and slots, `decoder` genes and counts; `panel` numbers the distinct gene
+    lists of the corpus; the rest is as in `TissueBatch`.
+    """
 
     tokens: Ragged
     decoder: Ragged
+    panel: Int64[np.ndarray, " n"]
     totals: Int32[np.ndarray, "n c"]
     offsets: Float32[np.ndarray, "n c 2"]
     target_sum: Float32[np.ndarray, " n"]
     index: UInt32[np.ndarray, " n"]
     draw: UInt32[np.ndarray, " n"]
 
-    def collate(self, rows: Int64[np.ndarray, " b"], length: int, decoder_length: int, size: int) -> TissueBatch:
+    def collate(
+        self, rows: Int64[np.ndarray, " b"], length: int, decoder_length: int, size: int
+    ) -> TissueBatch:
         """Chosen samples as a batch of `size` rows; rows that are missing repeat the first with weight 0."""
         weight = (np.arange(size) < len(rows)).astype(np.float32)
         rows = np.concatenate([rows, np.repeat(rows[:1], size - len(rows))])
@@ -107,7 +122,7 @@ class SampleReader:
         if config.neighbours > corpus.n_neighbours:
             raise InputError(
                 corpus.path,
-                f"data.neighbours is {config.neighbours} but the corpus stores {corpus.n_neighbours} neighbours a cell",
+                f"data.sample.neighbours is {config.neighbours}, the corpus stores {corpus.n_neighbours} a cell",
                 f"ask for {corpus.n_neighbours} or fewer, or build the corpus with more",
             )
         if corpus.n_cells >= 2**32:
@@ -180,6 +195,7 @@ class SampleReader:
         return Samples(
             tokens=Ragged(np.cumsum(lengths) - lengths, lengths, kept),
             decoder=decoder,
+            panel=self._panel_of_slide[slides],
             totals=totals,
             offsets=self._offsets(unique, where, present, slides),
             target_sum=self._median_total[slides],
@@ -283,5 +299,3 @@ class SampleReader:
         place = np.stack([self.corpus.column(axis, unique) for axis in ("x", "y")], axis=-1)[where]
         offsets = (place - place[:, :1]) * scale[:, None, None]
         return np.where(present[..., None] & np.isfinite(offsets), offsets, 0).astype(np.float32)
-
-

@@ -35,8 +35,8 @@ class TrainingCells:
     values
         True values, float32.
     targets
-        What each entry would be if it were masked: under normalisation by what is visible, its own count does not
-        belong to the total that it is divided by. Otherwise equal to `values`.
+        What each entry would be if it were masked: under normalisation by what is visible, its own count does
+        not belong to the total that it is divided by. Otherwise equal to `values`.
     mask
         A mask drawn at the rates of the test's: features look as they do in a test cell.
     nonzero

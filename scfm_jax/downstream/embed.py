@@ -33,7 +33,7 @@ def embed_cells(
     pooling: Pooling = "mean",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float32[np.ndarray, "n d"]:
-    """Embeddings of cells of a corpus: the centre's gene tokens, unmasked and without the depth tokens, pooled.
+    """Embeddings of cells of a corpus: the centre's gene tokens pooled, unmasked, without depth tokens.
 
     Parameters
     ----------
@@ -76,11 +76,11 @@ def embed_file(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **alignment: Any,
 ) -> dict[str, Any]:
-    """Copy an h5ad file with the embedding of every cell in ``obsm[key_added]``, rows in the file's own order.
+    """Copy an h5ad file with the embedding of every cell in ``obsm[key_added]``, in the file's own order.
 
     What was used stands in ``uns[key_added]``. Cells without a count of a known gene get NaN. A cell's
-    embedding depends on its own tissue only (its section gives its neighbours and the median depth), not on the other
-    sections, on batches, or on the order of rows.
+    embedding depends on its own tissue only (its section gives its neighbours and the median depth), not on
+    the other sections, on batches, or on the order of rows.
 
     Parameters
     ----------

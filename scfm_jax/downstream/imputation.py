@@ -1,4 +1,4 @@
-"""Masked expression of held-out cells, the model's and the baselines', on the same masks and in the same units."""
+"""Masked expression of held-out cells: what the model says, and what the baselines need to say theirs."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ class MaskedExpression:
     mask
         Masked entries.
     values
-        ``log1p(counts / total * target_sum)`` of all entries, masked ones too: target and, where visible, input.
+        ``log1p(counts / total * target_sum)`` of all entries, masked ones too: target and, where visible,
+        input.
     targets
-        `values` as they would be if the entry were masked, which under ``normalise="visible"`` takes its own count out
-        of the total.
+        `values` as they would be if the entry were masked, which under ``normalise="visible"`` takes its own
+        count out of the total.
     total, target_sum
         What counts were divided by (under ``normalise="visible"`` the unmasked total) and multiplied with.
     neighbour_mean
@@ -87,7 +88,9 @@ def masked_expression(
     slides = np.unique(corpus.slide_of(cells))
     panel = corpus.slides[slides[0]].panel
     if any(not np.array_equal(corpus.slides[slide].panel, panel) for slide in slides):
-        raise InputError(corpus.path, "the cells were measured with different panels", "compare one panel at a time")
+        raise InputError(
+            corpus.path, "the cells were measured with different panels", "compare one panel at a time"
+        )
     counts = panel_counts(corpus, cells, panel)
     bits = mask_bits(
         seed_words(seed),

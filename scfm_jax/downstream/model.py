@@ -74,7 +74,11 @@ class TrainedModel:
             The corpus has another vocabulary than the model.
         """
         if corpus.vocabulary.hash != self.vocabulary.hash:
-            raise InputError(corpus.path, "has another vocabulary than the model", "build it with the run's vocabulary.json")
+            raise InputError(
+                corpus.path,
+                "has another vocabulary than the model",
+                "build it with the run's vocabulary.json",
+            )
         yield from evaluation_batches(
             corpus, cells, self.config.data, seed=seed, rates=rates, draw=EVALUATION_STEP
         )

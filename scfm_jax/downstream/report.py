@@ -89,7 +89,7 @@ def write_report(
     title
         Heading of the page.
     history
-        Rows of `metrics.jsonl`, each with `step` and any of `loss` and `eval_loss`.
+        Rows of `metrics.jsonl`, each with `step` and any of `loss` and `held_out_loss`.
     tables
         Shown in this order.
     predictions
@@ -141,9 +141,9 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray,
 
 def _draw_loss(history: Sequence[Mapping[str, Any]]) -> tuple[Figure, str]:
     steps, loss = _series(history, "loss")
-    eval_steps, eval_loss = _series(history, "eval_loss")
+    eval_steps, held_out_loss = _series(history, "held_out_loss")
     if not len(steps) and not len(eval_steps):
-        raise InputError("history", "no row has loss or eval_loss", "give the rows of metrics.jsonl")
+        raise InputError("history", "no row has loss or held_out_loss", "give the rows of metrics.jsonl")
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     ax = figure.subplots()
     caption = "Loss over the steps of training"
@@ -158,9 +158,9 @@ def _draw_loss(history: Sequence[Mapping[str, Any]]) -> tuple[Figure, str]:
         )
     if len(eval_steps):
         style: Any = {"color": PALETTE[5], "linewidth": 1.4, "marker": "o", "markersize": 4}
-        ax.plot(eval_steps, eval_loss, label="held-out cells", **style)
+        ax.plot(eval_steps, held_out_loss, label="held-out cells", **style)
     ax.legend(loc="upper right")
-    every = np.concatenate([loss, eval_loss])
+    every = np.concatenate([loss, held_out_loss])
     every = every[np.isfinite(every)]
     if len(every) and every.min() > 0 and every.max() > 10 * every.min():
         ax.set_yscale("log")

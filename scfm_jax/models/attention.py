@@ -1,4 +1,4 @@
-"""Bidirectional attention over right-padded rows: one function, one list of implementations, chosen and never guessed."""
+"""Bidirectional attention over right-padded rows: one function, a list of implementations, no guessing."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def attention(
     lengths
         Real keys of each row; a row of length 0 gives zeros.
     implementation
-        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, goes through rows and through 512 queries at a
-        time and recomputes their scores in the backward pass: memory grows with the length and not with its
-        square, and the scores stay in the cache.
+        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, goes through rows and through 512
+        queries at a time and recomputes their scores in the backward pass: memory grows with the length and
+        not with its square, and the scores stay in the cache.
 
     Raises
     ------
@@ -49,7 +49,10 @@ def attention(
 
 
 def _plain(
-    query: Float[Array, "*b h q d"], key: Float[Array, "*b h s d"], value: Float[Array, "*b h s d"], real: Array
+    query: Float[Array, "*b h q d"],
+    key: Float[Array, "*b h s d"],
+    value: Float[Array, "*b h s d"],
+    real: Array,
 ) -> Float[Array, "*b h q d"]:
     scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
     scores = jnp.where(real[..., None, None, :], scores * query.shape[-1] ** -0.5, -jnp.inf)

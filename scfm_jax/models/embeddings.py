@@ -42,20 +42,28 @@ class GeneEmbedding(nnx.Module):
 class ValueEmbedding(nnx.Module):
     """A scalar as a soft mixture of learnt bins (auto-discretisation, xTrimoGene, NeurIPS 2023).
 
-    The value goes through Linear(1 -> bins) and LeakyReLU(0.1) to h; ``softmax(alpha * h + Linear(h))`` mixes the rows
-    of a table of bins. Two vectors of their own stand for a masked value and for padding.
+    The value goes through Linear(1 -> bins) and LeakyReLU(0.1) to h; ``softmax(alpha * h + Linear(h))`` mixes
+    the rows of a table of bins. Two vectors of their own stand for a masked value and for padding.
 
     Parameters
     ----------
     bins
         Rows of the table; 100 as published.
     init
-        ``published``: normal 0.02 and zero biases throughout, which starts with every value looking alike. ``spread``:
-        the first layer starts with unit weights and biases, so that different values mix different bins from step 0.
+        ``published``: normal 0.02 and zero biases throughout, which starts with every value looking alike.
+        ``spread``: the first layer starts with unit weights and biases, so that different values mix
+        different bins from step 0.
     """
 
     def __init__(
-        self, bins: int, width: int, *, init: ValueInit, init_std: float, use_bias: bool = True, rngs: nnx.Rngs
+        self,
+        bins: int,
+        width: int,
+        *,
+        init: ValueInit,
+        init_std: float,
+        use_bias: bool = True,
+        rngs: nnx.Rngs,
     ) -> None:
         def normal(*shape: int, std: float = init_std) -> Array:
             return std * jax.random.normal(rngs.params(), shape, jnp.float32)

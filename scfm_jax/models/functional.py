@@ -20,12 +20,12 @@ def initialise(build: Callable[[nnx.Rngs], nnx.Module], key: jax.Array) -> Param
 
 
 def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Parameters, Parameters]:
-    """The graph of a module, its parameters as shapes, and the logical name of every axis, without computing any.
+    """The graph of a module, its parameters as shapes, and the logical name of every axis.
 
     Returns
     -------
-    The graph for `nnx.merge`; a dict of `jax.ShapeDtypeStruct`; a dict of tuples of names, one name an axis, where stacked
-    layers have ``layers`` in front.
+    The graph for `nnx.merge`; a dict of `jax.ShapeDtypeStruct`; a dict of tuples of names, one name an axis,
+    where stacked layers have ``layers`` in front.
     """
     graph, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 

@@ -1,7 +1,7 @@
-"""Two-dimensional rotary positions: one half of each head turns with one coordinate, the other half with another.
+"""Two-dimensional rotary positions: each half of a head turns with a coordinate of its own.
 
-AIDO.Tissue turns the first half by the gene and the second by the cell (0 is the centre); in its coordinate mode the
-two halves turn by x and y in um, relative to the centre.
+AIDO.Tissue turns the first half by the gene and the second by the cell (0 is the centre); in its coordinate
+mode the two halves turn by x and y in um, relative to the centre.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def inverse_frequencies(size: int, base: float = 10_000.0) -> Float[np.ndarray, "size//2"]:
+def inverse_frequencies(size: int, base: float = 10_000.0) -> Float[np.ndarray, size // 2]:
     """Angular frequencies of a rotary table over `size` features, float32.
 
-    They are computed by NumPy in float32, step by step as PyTorch does: float64, or XLA's power, differ in the last
-    bit, and at gene index 19,000 that bit is an angle that shows.
+    They are computed by NumPy in float32, step by step as PyTorch does: float64, or XLA's power, differ in
+    the last bit, and at gene index 19,000 that bit is an angle that shows.
     """
     exponent = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     return np.float32(1.0) / np.power(np.float32(base), exponent, dtype=np.float32)

@@ -1,7 +1,8 @@
-"""AIDO.Tissue: an encoder over the expressed genes of a cell and its neighbours, a decoder over the cell alone.
+"""AIDO.Tissue: an encoder over a cell's and its neighbours' expressed genes, a decoder over the cell alone.
 
-Follows the model of GenBio's AIDO.Tissue (bioRxiv 2025) on the asymmetric design of xTrimoGene (NeurIPS 2023). What is not
-public there (decoder block type, feed-forward width) is ours and said to be ours in ``docs/models.md``.
+Follows the model of GenBio's AIDO.Tissue (bioRxiv 2025) on the asymmetric design of xTrimoGene (NeurIPS
+2023). What is not public there (decoder block type, feed-forward width) is ours and said to be ours in
+``docs/models.md``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class TissueConfig:
     bins
         Bins of the value embedding.
     positions
-        ``index`` turns queries and keys by gene and cell index; ``coordinates`` by x and y in um from the centre.
+        ``index`` turns queries and keys by gene and cell index; ``coordinates`` by x and y in um from the
+        centre.
     init_std
         Standard deviation of the initial weights.
     value_init

@@ -1,4 +1,4 @@
-"""A pre-norm transformer encoder whose layers are stacked and scanned, so that compile time does not grow with depth."""
+"""A pre-norm transformer whose layers are stacked and scanned: compile time does not grow with depth."""
 
 from __future__ import annotations
 
@@ -57,11 +57,12 @@ class TransformerConfig:
 
 def make_norm(config: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm | nnx.LayerNorm:
     """The norm that `config` names, over its width."""
-    layer = nnx.RMSNorm if config.norm == "rms" else nnx.LayerNorm
-    names = {"scale_metadata": {"logical": ("embed",)}}
-    if config.norm == "layer":
-        names["bias_metadata"] = {"logical": ("embed",)}
-    return layer(config.width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs, **names)
+    width, epsilon, names = config.width, config.norm_epsilon, {"logical": ("embed",)}
+    if config.norm == "rms":
+        return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_metadata=names, rngs=rngs)
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, dtype=dtype, scale_metadata=names, bias_metadata=names, rngs=rngs
+    )
 
 
 def make_linear(
@@ -126,7 +127,8 @@ class Block(nnx.Module):
         def heads(y: Float[Array, "bs d"]) -> Float[Array, "b s h e"]:
             return y.reshape(*x.shape[:2], self.heads, -1)
 
-        # Projections see tokens in one axis: on a CPU the gradient of a weight over two axes costs twice the time.
+        # Projections see tokens in one axis: on a CPU the gradient of a weight over two axes costs twice the
+        # time.
         y = self.attention_norm(x).reshape(-1, x.shape[-1])
         mixed = attention(
             rotate(heads(self.query(y)), tables),

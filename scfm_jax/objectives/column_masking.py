@@ -1,7 +1,7 @@
 """Column masking: predict the masked genes of a cell from its other genes and from its neighbours.
 
-A gene that is masked in the centre is masked in every neighbour too, so that it cannot be copied (AIDO.Tissue). Everything
-here is a pure function of (parameters, batch, key) that traces under `jax.jit`.
+A gene that is masked in the centre is masked in every neighbour too, so that it cannot be copied
+(AIDO.Tissue). Everything here is a pure function of (parameters, batch, key) that traces under `jax.jit`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ class ColumnMaskingConfig:
     loss
         ``mse`` on log1p values (published); ``poisson`` or ``nb`` on raw counts, with the depth as an offset.
     loss_weights
-        ``none`` (published) counts each masked entry once; ``inverse_rate`` divides it by its rate, which undoes
-        that non-zeros are masked more often than zeros.
+        ``none`` (published) counts each masked entry once; ``inverse_rate`` divides it by its rate, which
+        undoes that non-zeros are masked more often than zeros.
     normalise
-        ``published`` divides by a cell's whole total, from which the masked mass can be told; ``visible`` divides by the
-        total over its unmasked genes, in inputs, depth tokens and targets alike.
+        ``published`` divides by a cell's whole total, from which the masked mass can be told; ``visible``
+        divides by the total over its unmasked genes, in inputs, depth tokens and targets alike.
     target_sum
-        Counts that a cell is scaled to: 10,000 (published), another number, or ``median``, the slide's median total.
+        Counts that a cell is scaled to: 10,000 (published), another number, or ``median``, the slide's median
+        total.
     depth_floor
-        Lower bound of the depth tokens, in log10 counts: 5 as published, which no cell of a few hundred counts reaches;
-        None for none.
+        Lower bound of the depth tokens, in log10 counts: 5 as published, which no cell of a few hundred
+        counts reaches; None for none.
     """
 
     nonzero_rate: float = 0.30
@@ -81,8 +82,8 @@ def visible_tokens(
 ) -> Visible:
     """Drop masked genes from every cell, close the gaps, and scale what is left.
 
-    The loader has usually dropped them already; that this function does it again is what makes the loss correct
-    whatever the loader sent.
+    The loader has usually dropped them already; that this function does it again is what makes the loss
+    correct whatever the loader sent.
     """
     keep = batch.cells >= 0
     if masked is not None:
@@ -118,7 +119,9 @@ def normalised(counts: Array, total: Array, target_sum: Array) -> Array:
     return jnp.minimum(jnp.log1p(counts.astype(jnp.float32) / total * target_sum), MAX_VALUE)
 
 
-def encode(model: TissueModel, batch: TissueBatch, tokens: Visible, coordinates: bool) -> Float[Array, "b s d"]:
+def encode(
+    model: TissueModel, batch: TissueBatch, tokens: Visible, coordinates: bool
+) -> Float[Array, "b s d"]:
     """Encoder outputs of `tokens`, with the rotary positions that the model uses."""
     cells = jnp.maximum(tokens.cells, 0)
     if coordinates:
@@ -132,8 +135,9 @@ def encode(model: TissueModel, batch: TissueBatch, tokens: Visible, coordinates:
 class Prediction:
     """What the decoder says of the centre cell, and the truth in the same units.
 
-    `value` and `target` are log1p values. For the count losses `value` is ``log1p(exp(raw))`` of the predicted rate, where
-    `raw` is what the head gave. `total` is the number of counts that `target_sum` stands for.
+    `value` and `target` are log1p values. For the count losses `value` is ``log1p(exp(raw))`` of the
+    predicted rate, where `raw` is what the head gave. `total` is the number of counts that `target_sum`
+    stands for.
     """
 
     raw: Float[Array, "b p"]
@@ -187,8 +191,9 @@ def column_masking_loss(
 
     Returns
     -------
-    ``loss`` and ``weight`` (their ratio is the loss), and for the squared error in log1p units, whatever the loss, sums and
-    counts over the masked non-zeros and zeros; ``tokens``, the real tokens that the encoder saw.
+    ``loss`` and ``weight`` (their ratio is the loss), and for the squared error in log1p units, whatever the
+    loss, sums and counts over the masked non-zeros and zeros; ``tokens``, the real tokens that the encoder
+    saw.
     """
     said = predict(model, batch, key, config, n_genes=n_genes, coordinates=coordinates)
     counts = jnp.maximum(batch.decoder_counts, 0).astype(jnp.float32)  # -1 is not measured, and never masked

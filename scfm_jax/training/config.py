@@ -1,4 +1,4 @@
-"""The whole of an experiment as one frozen value: built by a recipe, overridden by dotted flags, stored beside the run."""
+"""The whole of an experiment as one frozen value: from a recipe, with dotted flags, kept with the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class OptimiserConfig:
     steps
         Length of the run and of the schedule.
     initial_rate, peak_rate, final_rate
-        Learning rate at step 0, after `warmup_steps`, and at the end (warm-up length and final rate are ours).
+        Learning rate at step 0, after `warmup_steps`, and at the end (warm-up length and final rate are
+        ours).
     b1, b2, epsilon, weight_decay
         Of AdamW; biases, norms and other vectors do not decay (ours).
     clip
@@ -77,8 +78,8 @@ class RunConfig:
     split, data, model, objective, optimiser, mesh
         See their classes.
     initial_weights
-        A run directory whose best checkpoint gives the first parameters (training with more neighbours can start from
-        a run with fewer); empty draws them from the seed.
+        A run directory whose best checkpoint gives the first parameters (training with more neighbours can
+        start from a run with fewer); empty draws them from the seed.
     technologies
         Train and evaluate on slides of these only; empty is all.
     evaluate_every, evaluate_cells
@@ -230,8 +231,16 @@ def _typed(hint: Any, value: Any, where: str, name: str) -> Any:
         and not (hint is int and isinstance(value, bool))
     ):
         return value
-    wanted = " or ".join(map(repr, arguments)) if origin is typing.Literal else getattr(hint, "__name__", hint)
-    raise InputError(where, f"the field {name!r} cannot be {value!r}", f"give {wanted}")
+    raise InputError(where, f"the field {name!r} cannot be {value!r}", f"give {_wanted(hint)}")
+
+
+def _wanted(hint: Any) -> str:
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, options))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_wanted, options))
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _suggestion(key: str, known: Any) -> str:

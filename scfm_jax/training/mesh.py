@@ -38,7 +38,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if np.prod(shape) != len(devices):
         raise InputError(
             "mesh",
-            f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not the {len(devices)} devices here",
+            f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not {len(devices)} devices",
             "set mesh.data to 0 and the others to divisors",
         )
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -58,7 +58,8 @@ def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:
     def place(leaf: jax.ShapeDtypeStruct, logical: tuple[str | None, ...]) -> NamedSharding:
         axes = [PARAMETER_AXES[name] for name in logical]
         divides = [
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape, strict=True)
+            axis if axis and size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(axes, leaf.shape, strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*divides))
 

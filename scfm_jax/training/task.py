@@ -29,7 +29,8 @@ class Task:
     build
         Random streams to module.
     loss
-        (module, batch, key) to sums over the batch, among them ``loss`` and ``weight``, whose ratio is minimised.
+        (module, batch, key) to sums over the batch, among them ``loss`` and ``weight``, whose ratio is
+        minimised.
     loader
         (training cells, host) to the loader.
     evaluation

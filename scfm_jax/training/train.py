@@ -46,8 +46,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     folder
         The run directory, new unless `resume`.
     resume
-        Go on from the newest checkpoint, with the same batches and, on a CPU, bit for bit the same losses as a
-        run that never stopped.
+        Go on from the newest checkpoint, with the same batches and, on a CPU, bit for bit the same losses as
+        a run that never stopped.
     report
         Called with every row of metrics, and first with what was found: cells, parameters, devices.
 
@@ -79,16 +79,22 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     )
     evaluate = jax.jit(lambda parameters, batch: task.loss(nnx.merge(graph, parameters), batch, key))
 
+    fresh = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)
+    like = abstract_state(jax.eval_shape(fresh), shardings)
+    initial = None
+    if config.initial_weights and not resume:  # before anything is written, so that an error leaves nothing
+        initial = initial_parameters(Path(config.initial_weights), corpus, like)
     open_run(folder, config, corpus, resume=resume)
-    with Checkpoints(
-        folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
-    ) as checkpoints, stop_signals() as stopped:
+    with (
+        Checkpoints(
+            folder / "checkpoints", keep_last=config.keep_last, keep_best=config.keep_best
+        ) as checkpoints,
+        stop_signals() as stopped,
+    ):
         start = (checkpoints.latest or 0) if resume else 0
-        fresh = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)
-        like = abstract_state(jax.eval_shape(fresh), shardings)
         state = checkpoints.restore(start, like) if start else fresh()
         if config.initial_weights and not start:
-            state["parameters"] = initial_parameters(Path(config.initial_weights), corpus, like)
+            state["parameters"] = initial or initial_parameters(Path(config.initial_weights), corpus, like)
         report(
             {
                 "training_cells": len(train_cells),
@@ -152,9 +158,13 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
 def initial_parameters(folder: Path, corpus: Corpus, like: State) -> Any:
     """Parameters of another run's best checkpoint, for the same vocabulary and geometry."""
     if not (folder / "vocabulary.json").is_file():
-        raise InputError(folder, "is no run directory (initial_weights)", "name a folder that scfm train wrote")
+        raise InputError(
+            folder, "is no run directory (initial_weights)", "name a folder that scfm train wrote"
+        )
     if Vocabulary.read(folder / "vocabulary.json").hash != corpus.vocabulary.hash:
-        raise InputError(folder, "has another vocabulary than the corpus (initial_weights)", "start from the seed")
+        raise InputError(
+            folder, "has another vocabulary than the corpus (initial_weights)", "start from the seed"
+        )
     with Checkpoints(folder / "checkpoints") as other:
         if other.best is None:
             raise InputError(folder, "has no checkpoint (initial_weights)", "train it first")
@@ -170,8 +180,8 @@ def make_step(
 ) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """The pure training step (state, batch) -> (state, sums).
 
-    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both sums, so that
-    accumulation changes the memory and nothing else.
+    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both
+    sums, so that accumulation changes the memory and nothing else.
     """
 
     def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -194,7 +204,9 @@ def make_step(
                 jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro)),
             )
             (gradients, sums), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None), zeros, micro
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None),
+                zeros,
+                micro,
             )
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
         updates, moments = optimiser.update(gradients, state["optimiser"], parameters)
@@ -211,7 +223,11 @@ def make_step(
 def fresh_state(task: Task, optimiser: optax.GradientTransformation, key: jax.Array) -> State:
     """Parameters from the seed, moments at zero."""
     parameters = initialise(task.build, key)
-    return {"parameters": parameters, "optimiser": optimiser.init(parameters), "step": jnp.zeros((), jnp.int32)}
+    return {
+        "parameters": parameters,
+        "optimiser": optimiser.init(parameters),
+        "step": jnp.zeros((), jnp.int32),
+    }
 
 
 def state_shardings(mesh: Any, optimiser: optax.GradientTransformation, shapes: Any, names: Any) -> State:
@@ -237,7 +253,9 @@ def select_cells(
     if not chosen.any():
         there = sorted({slide.technology for slide in corpus.slides})
         raise InputError(
-            corpus.path, f"has no slide of technologies {', '.join(config.technologies)}", f"there are {', '.join(there)}"
+            corpus.path,
+            f"has no slide of technologies {', '.join(config.technologies)}",
+            f"there are {', '.join(there)}",
         )
     train_cells, test_cells = (cells[chosen[corpus.slide_of(cells)]] for cells in (split.train, split.test))
     if config.evaluate_cells and len(test_cells) > config.evaluate_cells:
@@ -246,7 +264,9 @@ def select_cells(
     return train_cells, test_cells
 
 
-def evaluate_cells(evaluate: Callable[..., Any], parameters: Any, task: Task, cells: np.ndarray) -> dict[str, float]:
+def evaluate_cells(
+    evaluate: Callable[..., Any], parameters: Any, task: Task, cells: np.ndarray
+) -> dict[str, float]:
     """Held-out loss and errors over `cells`, each seen once under a constant mask."""
     total: dict[str, float] = {}
     for _, batch in task.evaluation(cells):
@@ -283,12 +303,24 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
             raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
         same = dataclasses.replace(stored, corpus=config.corpus, optimiser=config.optimiser)
         if same != config:
-            raise InputError(folder, "was started with another config", "resume without overrides, or start anew")
+            raise InputError(
+                folder, "was started with another config", "resume without overrides, or start anew"
+            )
     elif path.exists():
         raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
-    packages = ("scfm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+    packages = (
+        "scfm_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "tensorstore",
+        "numpy",
+    )
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -309,7 +341,9 @@ def read_run(folder: Path) -> tuple[RunConfig, str]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(folder, "is no run directory (no config.json)", "name a folder that scfm train wrote")
+        raise InputError(
+            folder, "is no run directory (no config.json)", "name a folder that scfm train wrote"
+        )
     content = json.loads(path.read_text())
     return from_dict(RunConfig, content["config"], str(path)), content["corpus_hash"]
 

@@ -141,3 +141,16 @@ def test_what_is_not_stored_is_an_error(built, ask, problem):
     with pytest.raises(InputError, match=problem) as error:
         ask(Corpus.open(built[0]))
     assert str(built[0]) in str(error.value) and error.value.mend
+
+
+def test_labels_keep_their_values_in_whatever_order_they_are_named(tissue, write, tmp_path):
+    tissue.obs["zone"] = np.where(np.arange(tissue.n_obs) % 2, "inner", "outer")
+    build_corpus(tmp_path / "out", [write(tissue, labels=("zone", "type"))])
+    corpus = Corpus.open(tmp_path / "out")
+    source_row = corpus.column("source_row")
+    for name in ("zone", "type"):
+        codes, classes = corpus.labels(name)
+        expected = tissue.obs[name].astype(str).to_numpy()[source_row]
+        known = codes >= 0
+        np.testing.assert_array_equal(np.array(classes)[codes[known]], expected[known])
+        assert known.any()

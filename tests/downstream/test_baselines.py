@@ -36,7 +36,13 @@ def tissue(n=1200, n_genes=6, seed=0):
     mask = rng.random(values.shape) < np.where(nonzero, *RATES)
     half = n // 2
     train = TrainingCells(
-        values[:half], values[:half], mask[:half], nonzero[:half], around[:half], depth[:half], np.arange(half) // 30
+        values[:half],
+        values[:half],
+        mask[:half],
+        nonzero[:half],
+        around[:half],
+        depth[:half],
+        np.arange(half) // 30,
     )
     test = MaskedCells(values[half:], mask[half:], around[half:], depth[half:])
     return train, test
@@ -133,7 +139,13 @@ def test_boosting_finds_what_no_line_can():
     blank = np.zeros_like(values)
     depth = np.zeros(3000, np.float32)
     train = TrainingCells(
-        values[:1500], values[:1500], mask[:1500], level[:1500], blank[:1500], depth[:1500], np.arange(1500) // 100
+        values[:1500],
+        values[:1500],
+        mask[:1500],
+        level[:1500],
+        blank[:1500],
+        depth[:1500],
+        np.arange(1500) // 100,
     )
     test = MaskedCells(values[1500:], mask[1500:], blank[1500:], depth[1500:])
     rates = (0.05, 0.05)

@@ -14,7 +14,7 @@ from scfm_jax.downstream.report import PALETTE, Predictions, Table, Tissue, writ
 from scfm_jax.errors import InputError
 
 HISTORY = [{"step": s, "loss": 2.0 - s / 100} for s in range(0, 100, 2)] + [
-    {"step": s, "eval_loss": 2.1 - s / 100} for s in (0, 50, 98)
+    {"step": s, "held_out_loss": 2.1 - s / 100} for s in (0, 50, 98)
 ]
 WHITE = np.ones(3)
 

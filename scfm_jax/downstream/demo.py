@@ -1,0 +1,170 @@
+"""The whole way in one go on a simulated tissue: simulate, build, pretrain, embed, score, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from scfm_jax.console import Bar, TrainingBar
+from scfm_jax.corpus import Corpus, Source, build_corpus
+from scfm_jax.corpus.split import Split, split_cells
+from scfm_jax.downstream import baselines, metrics
+from scfm_jax.downstream.embed import embed_cells
+from scfm_jax.downstream.imputation import masked_expression, panel_counts, predict_masked
+from scfm_jax.downstream.model import TrainedModel, open_model
+from scfm_jax.downstream.probe import Probe, own_and_neighbour_features, probe
+from scfm_jax.downstream.report import Predictions, Table, Tissue, write_report
+from scfm_jax.errors import InputError
+from scfm_jax.simulate import SimulationConfig, simulate
+from scfm_jax.training.config import RunConfig
+from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.train import train
+
+LABEL = "domain"
+
+
+def run_demo(out: Path, config: RunConfig, simulation: SimulationConfig | None = None) -> Path:
+    """Run the demo into a new folder.
+
+    Parameters
+    ----------
+    out
+        Becomes the run directory; the slides and their corpus go to ``data/`` and ``corpus/`` inside.
+    config
+        The experiment; its corpus is set here.
+    simulation
+        The tissue; the default one if not given.
+
+    Returns
+    -------
+    The report's page.
+
+    Raises
+    ------
+    InputError
+        The folder exists already.
+    """
+    if out.exists():
+        raise InputError(out, "exists already", "remove it or name another folder")
+    config = replace(config, corpus=str(out / "corpus"))
+    simulate_corpus(out, simulation or SimulationConfig())
+    with TrainingBar(config.optimiser.steps) as bar:
+        train(config, out, report=bar.report)
+    model, corpus = open_model(out), Corpus.open(out / "corpus")
+    split = split_cells(corpus, config.split)
+    probes, table = score_embeddings(model, corpus, split)
+    predictions, errors = score_expression(model, corpus, split)
+    test = np.sort(split.test)
+    classes = np.array(corpus.labels(LABEL)[1])
+    slide = corpus.slides[int(corpus.slide_of(test[:1])[0])]
+    place = np.stack([corpus.column(axis, test) for axis in ("x", "y")], axis=1)
+    return write_report(
+        out,
+        title="scfm_jax: a tissue model, pretrained on a simulated tissue",
+        history=read_metrics(out / "metrics.jsonl"),
+        tables=[table, errors],
+        predictions=predictions,
+        tissue=Tissue(
+            [place],
+            [classes[corpus.labels(LABEL, test)[0]]],
+            [classes[probes["embedding"].predictions]],
+            [slide.name],
+        ),
+        notes=[
+            f"Trained on {len(split.train):,} cells, scored on {len(split.test):,} cells of the held-out "
+            f"slide {slide.name}; k = {config.data.sample.neighbours} neighbours, {model.step:,} steps.",
+            "Domains share their cell types, so a cell's own expression does not give its domain. The "
+            "baseline that adds the neighbours' mean is strong: a model below it has learnt nothing that a "
+            "mean does not give.",
+        ],
+    )
+
+
+def simulate_corpus(out: Path, simulation: SimulationConfig) -> None:
+    """Write the slides of a simulated tissue to ``data/`` and their corpus to ``corpus/``."""
+    (out / "data").mkdir(parents=True)
+    sources = []
+    for number, slide in enumerate(simulate(simulation)):
+        path = out / "data" / f"slide{number}.h5ad"
+        slide.write_h5ad(path)
+        technology = str(slide.obs["technology"].iloc[0])
+        sources.append(Source(str(path), "human", technology, labels=(LABEL, "cell_type"), um_per_unit=1.0))
+    with Bar("building the corpus") as bar:
+        build_corpus(
+            out / "corpus", sources, progress=lambda what, done, total: bar.update(done, total, what)
+        )
+
+
+def score_embeddings(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[dict[str, Probe], Table]:
+    """Probes of the domain on embeddings and on linear baselines, training cells to held-out cells."""
+    k = model.config.data.sample.neighbours
+    train_cells, test_cells = np.sort(split.train), np.sort(split.test)
+    codes = corpus.labels(LABEL)[0]
+    with Bar("embedding") as bar:
+        embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), progress=bar.update)
+    shared = sorted(set.intersection(*(set(slide.panel.tolist()) for slide in corpus.slides)))
+    everyone = np.arange(corpus.n_cells)
+    counts = panel_counts(corpus, everyone, np.array(shared))
+    depth = np.maximum(counts.sum(1, keepdims=True), 1)
+    values = np.log1p(counts / depth * np.median(depth)).astype(np.float32)
+    both = own_and_neighbour_features(values, corpus.neighbours(everyone, max(k, 1)))
+    features = {
+        "own expression": values,
+        f"own + mean of {max(k, 1)} neighbours": both,
+        "embedding": embedded,
+    }
+    probes = {
+        name: probe(
+            matrix[train_cells],
+            codes[train_cells],
+            matrix[test_cells],
+            codes[test_cells],
+            blocks_train=split.block[train_cells],
+        )
+        for name, matrix in features.items()
+    }
+    rows = [(name, f"{said.accuracy:.3f}", f"{said.macro_f1:.3f}") for name, said in probes.items()]
+    caption = "Domain of held-out cells, logistic regression on each"
+    return probes, Table(caption, ("features", "accuracy", "macro-F1"), rows)
+
+
+def score_expression(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[Predictions, Table]:
+    """Masked expression of the held-out cells; baselines learn from training cells of the same panel."""
+    config = model.config.objective
+    test_cells = np.sort(split.test)
+    held = masked_expression(corpus, test_cells, config, seed=0)
+    same = [np.array_equal(slide.panel, held.panel) for slide in corpus.slides]
+    train_cells = np.sort(split.train)
+    train_cells = train_cells[np.array(same)[corpus.slide_of(train_cells)]]
+    seen = masked_expression(corpus, train_cells, config, seed=1)
+    rates = (config.nonzero_rate, config.zero_rate)
+    cells = baselines.TrainingCells(
+        seen.values,
+        seen.targets,
+        seen.mask,
+        seen.counts > 0,
+        seen.neighbour_mean,
+        np.log(seen.total),
+        split.block[train_cells],
+    )
+    masked = baselines.MaskedCells(held.values, held.mask, held.neighbour_mean, np.log(held.total))
+    predicted, _, mask = predict_masked(model, corpus, test_cells, held.panel, seed=0)
+    methods = {
+        "weighted gene mean": baselines.weighted_gene_mean(cells, masked, rates),
+        "calibrated mean of 10 neighbours (sees the masked genes)": baselines.calibrated_neighbours(
+            cells, masked, rates
+        ),
+        "ridge on the cell's other genes": baselines.ridge(cells, masked, rates),
+        "the model": predicted,
+    }
+    rows = []
+    for name, prediction in methods.items():
+        errors = metrics.squared_error(held.values, prediction, mask, held.counts > 0, rates)
+        rows.append((name, *(f"{errors[part].mean:.3f}" for part in ("all", "nonzero", "zero"))))
+    caption = "Squared error of masked genes in held-out cells, log1p units"
+    return (
+        Predictions(held.values[mask], predicted[mask]),
+        Table(caption, ("method", "all", "non-zeros", "zeros"), rows),
+    )

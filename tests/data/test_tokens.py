@@ -1,0 +1,204 @@
+"""Samples against a plain statement of what a sample holds; the mask is drawn with jax's own Threefry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.random import threefry_2x32
+
+from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.masks import MaskRates
+from scfm_jax.data.tokens import EVALUATION_STEP, SampleConfig, SampleReader
+from scfm_jax.errors import InputError
+
+RATES = MaskRates(nonzero=0.4, zero=0.1)
+SEED, DRAW = 3, 17
+# 45 and 40 genes were measured: with the depth tokens the first panel exceeds it, the second just does not.
+LIMIT = 42
+
+
+@pytest.fixture(scope="module")
+def centres(known) -> np.ndarray:
+    """Some cells of every slide, all those of the small ones, one of them twice, in no order."""
+    rng = np.random.default_rng(0)
+    chosen = [
+        rng.choice(np.flatnonzero(known.slide == s), min(25, np.sum(known.slide == s)), False)
+        for s in range(4)
+    ]
+    return rng.permutation(np.concatenate([*chosen, chosen[0][:1]]))
+
+
+def read(
+    known, centres, config: SampleConfig, rates: MaskRates | None = RATES, draw: int = DRAW
+) -> TissueBatch:
+    samples = SampleReader(known.corpus, config).read(centres, draw=draw, seed=SEED, rates=rates)
+    width, decoded = samples.tokens.lengths.max() + 3, samples.decoder.lengths.max() + 2
+    return samples.collate(np.arange(len(centres)), width, decoded, len(centres))
+
+
+def masks(known, centres: np.ndarray, rates: MaskRates | None, draw: int = DRAW) -> np.ndarray:
+    """Which of the vocabulary's genes are masked in each sample."""
+    counts = known.counts[centres]
+    if rates is None:
+        return np.zeros(counts.shape, bool)
+    n_genes = counts.shape[1]
+    counter = jnp.concatenate([jnp.arange(n_genes), jnp.zeros(n_genes, int)]).astype(jnp.uint32)
+    key = jax.random.key_data(jax.random.key(SEED))
+    steps = np.stack([np.full(len(centres), draw), centres], axis=1).astype(np.uint32)
+    bits = jax.vmap(lambda step: threefry_2x32(threefry_2x32(key, step), counter))(steps)
+    uniform = np.asarray(bits)[:, :n_genes] / 2**32
+    return np.where(counts > 0, uniform < rates.nonzero, uniform < rates.zero) & (counts >= 0)
+
+
+def sample(known, centre: int, masked: np.ndarray, config: SampleConfig) -> dict[str, Any]:
+    """One sample, as the documentation says it."""
+    n_genes, own = known.counts.shape[1], known.counts[centre]
+    measured = np.flatnonzero(own >= 0)
+    decoded = np.arange(n_genes)
+    if config.decoder == "panel":
+        decoded = measured
+        if len(measured) + 2 > config.panel_limit:
+            decoded = np.flatnonzero((own > 0) | masked)
+    decoder_genes = [*decoded.tolist(), n_genes, n_genes + 1]
+    members = [centre, *known.nearest[centre, : config.neighbours].tolist()]
+    tokens = set()
+    for cell, member in enumerate(members):
+        if member < 0:
+            continue
+        for gene in [*np.flatnonzero((known.counts[member] > 0) & ~masked).tolist(), n_genes, n_genes + 1]:
+            count = int(known.counts[member, gene]) if gene < n_genes else 0
+            slot = decoder_genes.index(gene) if gene in decoder_genes else -1
+            tokens.add((gene, count, cell, slot))
+    return {
+        "tokens": tokens,
+        "decoder": list(zip(decoder_genes, [*own[decoded].tolist(), -1, -1])),
+        "totals": [int(known.counts[m].clip(0).sum()) if m >= 0 else 0 for m in members],
+        "offsets": [
+            known.places[m] - known.places[centre]
+            if m >= 0 and np.isfinite(known.places[m]).all()
+            else [0, 0]
+            for m in members
+        ],
+    }
+
+
+@pytest.mark.parametrize("rates", [RATES, None], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("decoder", ["panel", "limit", "vocabulary"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_samples_hold_what_the_files_say(known, centres, k, decoder, rates):
+    config = {
+        "panel": SampleConfig(neighbours=k),
+        "limit": SampleConfig(neighbours=k, panel_limit=LIMIT),
+        "vocabulary": SampleConfig(neighbours=k, decoder="vocabulary", panel_limit=LIMIT),
+    }[decoder]
+    batch = read(known, centres, config, rates)
+    masked = masks(known, centres, rates)
+    assert masked.any() == (rates is not None)
+    medians = [np.median(known.counts[known.slide == s].clip(0).sum(1)) for s in range(4)]
+    for row, centre in enumerate(centres):
+        truth = sample(known, centre, masked[row], config)
+        real = batch.cells[row] >= 0
+        found = list(
+            zip(
+                *(
+                    column[row][real].tolist()
+                    for column in (batch.genes, batch.counts, batch.cells, batch.slots)
+                )
+            )
+        )
+        assert len(found) == len(set(found)) and set(found) == truth["tokens"]
+        listed = batch.decoder_genes[row] >= 0
+        pairs = zip(batch.decoder_genes[row][listed].tolist(), batch.decoder_counts[row][listed].tolist())
+        assert list(pairs) == truth["decoder"]
+        assert batch.totals[row].tolist() == truth["totals"]
+        np.testing.assert_allclose(batch.offsets[row], truth["offsets"], atol=1e-3)  # um
+        # Padding is on the right and says so in every column.
+        for flags in (real, listed):
+            assert np.array_equal(flags, np.sort(flags)[::-1])
+        assert not batch.counts[row][~real].any() and (batch.slots[row][~real] == -1).all()
+        assert (batch.decoder_counts[row][~listed] == -1).all()
+    assert np.array_equal(batch.target_sum, np.array(medians, np.float32)[known.slide[centres]])
+    assert np.array_equal(batch.index, centres) and (batch.draw == DRAW).all() and (batch.weight == 1).all()
+
+
+def test_the_simulated_corpus_has_the_cases_that_matter(known, centres):
+    """Else the test above would say less than it seems to."""
+    assert len({tuple(slide.panel) for slide in known.corpus.slides}) == 2
+    assert sum(len(slide.panel) for slide in known.corpus.slides[:2]) == 45 + 40
+    present = known.nearest[centres, :3] >= 0
+    assert set(present.sum(1)) == {0, 2, 3}
+    assert (known.counts[centres] == -1).any() and (known.counts[centres] == 0).any()
+
+
+def test_a_masked_gene_is_in_no_cell_and_everything_else_is(known, centres):
+    config = SampleConfig(neighbours=3)
+    with_mask, without = (read(known, centres, config, rates) for rates in (RATES, None))
+    masked = masks(known, centres, RATES)
+    n_genes = masked.shape[1]
+    taken = 0
+    for row in range(len(centres)):
+        before, after = (
+            set(zip(batch.genes[row][batch.cells[row] >= 0], batch.cells[row][batch.cells[row] >= 0]))
+            for batch in (without, with_mask)
+        )
+        gone = {(gene, cell) for gene, cell in before if gene < n_genes and masked[row, gene]}
+        assert after == before - gone
+        taken += sum(cell > 0 for _, cell in gone)
+    assert taken > 0
+
+
+def test_samples_do_not_depend_on_the_others_that_are_read(known, centres):
+    config = SampleConfig(neighbours=3, panel_limit=LIMIT)
+    together = read(known, centres, config)
+    for row in (0, len(centres) // 2, len(centres) - 1):
+        alone = read(known, centres[row : row + 1], config)
+        for name in ("genes", "counts", "cells", "slots", "decoder_genes", "decoder_counts"):
+            one, many = getattr(alone, name)[0], getattr(together, name)[row]
+            real = (alone.decoder_genes if name.startswith("decoder") else alone.cells)[0] >= 0
+            assert np.array_equal(one[real], many[: real.sum()])
+        assert np.array_equal(alone.offsets[0], together.offsets[row])
+
+
+def test_another_step_masks_other_genes(known, centres):
+    one, other = (masks(known, centres, RATES, draw) for draw in (DRAW, EVALUATION_STEP))
+    assert (one != other).any()
+    config = SampleConfig(neighbours=0)
+    later = read(known, centres, config, draw=EVALUATION_STEP)
+    for row, centre in enumerate(centres):
+        genes = later.genes[row][later.cells[row] >= 0]
+        assert set(genes[genes < other.shape[1]]) == set(
+            np.flatnonzero((known.counts[centre] > 0) & ~other[row])
+        )
+
+
+def test_the_longest_bounds_hold_every_sample(known):
+    everything = np.arange(known.corpus.n_cells)
+    for config in (SampleConfig(neighbours=8), SampleConfig(neighbours=0, decoder="vocabulary")):
+        reader = SampleReader(known.corpus, config)
+        samples = reader.read(everything)
+        assert samples.tokens.lengths.max() <= reader.longest
+        assert samples.decoder.lengths.max() <= reader.longest_decoder
+
+
+def test_rows_that_fill_a_batch_have_no_weight(known):
+    samples = SampleReader(known.corpus, SampleConfig(neighbours=0)).read(np.array([5, 6, 7]))
+    batch = samples.collate(np.array([2, 0]), 64, 64, 4)
+    assert batch.index.tolist() == [7, 5, 7, 7] and batch.weight.tolist() == [1, 1, 0, 0]
+
+
+def test_a_width_that_cuts_a_token_off_is_an_error(known):
+    samples = SampleReader(known.corpus, SampleConfig(neighbours=0)).read(np.array([5, 6, 7]))
+    tokens, decoded = samples.tokens.lengths.max(), samples.decoder.lengths.max()
+    assert samples.collate(np.arange(3), tokens, decoded, 3).genes.shape == (3, tokens)
+    for widths in ((tokens - 1, decoded), (tokens, decoded - 1)):
+        with pytest.raises(ValueError, match="do not fit"):
+            samples.collate(np.arange(3), *widths, 3)
+
+
+def test_more_neighbours_than_stored_is_an_error(known):
+    with pytest.raises(InputError, match=r"data.neighbours is 9 but the corpus stores 8 neighbours a cell"):
+        SampleReader(known.corpus, SampleConfig(neighbours=9))

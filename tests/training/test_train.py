@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.errors import InputError
+from scfm_jax.models.functional import abstract
+from scfm_jax.training.checkpoint import Checkpoints, abstract_state
+from scfm_jax.training.config import OptimiserConfig, RunConfig, override
+from scfm_jax.training.mesh import make_mesh
+from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.task import make_task
+from scfm_jax.training.train import fresh_state, read_run, state_shardings, stop_signals, train
+
+CLOCK = ("tokens_per_second",)  # all else is a function of the config
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def restore(folder: Path, config: RunConfig, step: int | None = None) -> Any:
+    """The state of a run's checkpoint, its newest unless `step` is given."""
+    task = make_task(config.model, config, Corpus.open(config.corpus))
+    _, shapes, names = abstract(task.build)
+    optimiser = make_optimiser(config.optimiser, names)
+    shardings = state_shardings(make_mesh(config.mesh), optimiser, shapes, names)
+    like = jax.eval_shape(lambda: fresh_state(task, optimiser, jax.random.key(0)))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        return checkpoints.restore(step or checkpoints.latest, abstract_state(like, shardings))
+
+
+def assert_same_bits(first: Any, second: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_run_leaves_its_directory(finished: Path, config: RunConfig) -> None:
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "environment.json",
+        "vocabulary.json",
+    }
+    corpus = Corpus.open(config.corpus)
+    assert read_run(finished) == (config, corpus.hash)
+    assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
+
+
+def test_rows_of_metrics(finished: Path, config: RunConfig) -> None:
+    rows = rows_of(finished)
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "held_out_loss" in row]
+    assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in held_out] == [2, 4, 6]
+    assert len({row["loss"] for row in training}) == 6
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert all(row["gradient_norm"] > 0 and 0 < row["real_tokens"] <= 1 for row in training)
+    assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
+    for row in held_out:  # the mean over all entries lies between those over zeros and non-zeros
+        errors = row["held_out_zero_error"], row["held_out_nonzero_error"]
+        assert min(errors) < row["held_out_loss"] < max(errors)
+
+
+def test_learning_rate_is_linear_then_a_cosine(finished: Path, config: RunConfig) -> None:
+    rates = [row["learning_rate"] for row in rows_of(finished) if "loss" in row]
+    initial, peak, final, warmup = 1e-3, 1e-2, config.optimiser.final_rate, 2
+    stated = [
+        initial + (peak - initial) * step / warmup
+        if step < warmup
+        else final + (peak - final) * (1 + np.cos(np.pi * (step - warmup) / (6 - warmup))) / 2
+        for step in range(6)
+    ]
+    np.testing.assert_allclose(rates, stated, rtol=1e-5)
+
+
+def test_the_best_and_the_last_checkpoints_stay(finished: Path, config: RunConfig) -> None:
+    losses = {row["step"]: row["held_out_loss"] for row in rows_of(finished) if "held_out_loss" in row}
+    best = min(losses, key=lambda step: losses[step])
+    assert steps_of(finished) == sorted({best, 5, 6})
+    with Checkpoints(finished / "checkpoints") as checkpoints:
+        assert (checkpoints.best, checkpoints.latest) == (best, 6)
+
+
+def test_a_stopped_run_goes_on_to_the_bit(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+
+    def stop_after_three(row: dict[str, Any]) -> None:
+        if row.get("step") == 3 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    assert train(config, folder, report=stop_after_three) == 3
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert max(steps_of(folder)) == 3
+    assert [row["step"] for row in rows_of(folder) if "loss" in row] == [1, 2, 3]
+
+    assert train(config, folder, resume=True) == 6
+    assert rows_of(folder) == rows_of(finished)
+    assert_same_bits(restore(folder, config), restore(finished, config))
+    assert steps_of(folder) == steps_of(finished)
+
+
+def test_rows_after_the_restored_step_are_cut(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+    """As after a crash: rows of step 6 are there, and half a line, but no checkpoint of it."""
+    folder = tmp_path / "crashed"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "checkpoints" / "6")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 0.0}\n{"step": 8, "lo')
+    started = []
+    assert train(config, folder, resume=True, report=started.append) == 6
+    assert started[0]["step"] == 5
+    assert rows_of(folder) == rows_of(finished)
+    assert_same_bits(restore(folder, config), restore(finished, config))
+
+
+def test_accumulation_changes_the_memory_and_nothing_else(
+    finished: Path, config: RunConfig, tmp_path: Path
+) -> None:
+    halves = override(config, ["--optimiser.accumulation", "2"], "flags")
+    train(halves, tmp_path / "halves")
+    for mine, whole in zip(rows_of(tmp_path / "halves"), rows_of(finished), strict=True):
+        assert mine.keys() == whole.keys()
+        for name in whole:
+            np.testing.assert_allclose(mine[name], whole[name], rtol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        restore(tmp_path / "halves", halves)["parameters"],
+        restore(finished, config)["parameters"],
+    )
+
+
+def test_weights_of_another_run_with_another_k(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+    flags = ["--data.sample.neighbours", "1", "--optimiser.steps", "1", "--optimiser.peak_rate", "0"]
+    other = override(config, [*flags, "--initial_weights", str(finished)], "flags")
+    assert train(other, tmp_path / "fewer") == 1
+    with Checkpoints(finished / "checkpoints") as checkpoints:
+        best = checkpoints.best
+    # One step at rate 0 leaves the weights as they came.
+    assert_same_bits(
+        restore(tmp_path / "fewer", other)["parameters"], restore(finished, config, best)["parameters"]
+    )
+    assert read_run(tmp_path / "fewer")[0].data.sample.neighbours == 1
+
+
+def test_bad_input_is_one_line(
+    finished: Path, config: RunConfig, make_corpus: Callable[[int], Path], tmp_path: Path
+) -> None:
+    before = {path: path.read_bytes() for path in finished.glob("*.json*")}
+    elsewhere = dataclasses.replace(config, corpus=str(make_corpus(1)))
+    wider = override(config, ["--seed", "5"], "flags")
+    cases: list[tuple[RunConfig, Path, bool, str]] = [
+        (config, finished, False, "holds a run already; resume it with --resume"),
+        (elsewhere, finished, True, "was trained on another corpus"),
+        (wider, finished, True, "was started with another config"),
+        (config, tmp_path / "nothing", True, "is no run directory"),
+        (
+            override(config, ["--technologies", "x"], "f"),
+            tmp_path / "new",
+            False,
+            "has no slide of technologies x",
+        ),
+        (
+            override(config, ["--data.sample.neighbours", "9"], "f"),
+            tmp_path / "new",
+            False,
+            "stores 4 neighbours",
+        ),
+        (override(config, ["--split.held_out", "no*"], "f"), tmp_path / "new", False, "matches no slide"),
+        (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not the 1 devices here"),
+        (
+            dataclasses.replace(config, initial_weights=str(tmp_path)),
+            tmp_path / "new",
+            False,
+            "is no run directory",
+        ),
+        (dataclasses.replace(config, corpus=str(tmp_path / "none")), tmp_path / "new", False, "none"),
+    ]
+    for run, folder, resume, message in cases:
+        with pytest.raises(InputError, match=message) as error:
+            train(run, folder, resume=resume)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "new").exists(), message
+    assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second signal did not interrupt")
+
+
+def test_adamw_against_numpy() -> None:
+    """Two steps: clipping by the global norm, moments, decay of matrices only, stacked or not."""
+    config = OptimiserConfig(
+        steps=100, warmup_steps=1, initial_rate=0.1, peak_rate=0.2, weight_decay=0.3, clip=0.5, epsilon=1e-3
+    )
+    names = {
+        "matrix": ("layers", "embed", "mlp"),
+        "norm": ("layers", "embed"),
+        "table": ("vocabulary", "embed"),
+    }
+    shapes = {"matrix": (2, 3, 4), "norm": (2, 3), "table": (5, 3)}
+    rng = np.random.default_rng(0)
+    x = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    optimiser = make_optimiser(config, names)
+    mine = jax.tree.map(jax.numpy.asarray, x)
+    moments = optimiser.init(mine)
+    first, second = ({name: np.zeros(shape) for name, shape in shapes.items()} for _ in range(2))
+    for step, (rate, size) in enumerate([(0.1, 1.0), (0.2, 0.01)], 1):
+        gradient = {name: size * rng.normal(size=shape) for name, shape in shapes.items()}
+        updates, moments = jax.jit(optimiser.update)(jax.tree.map(jax.numpy.asarray, gradient), moments, mine)
+        mine = jax.tree.map(lambda a, b: a + b, mine, updates)
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        assert (norm > 0.5) == (step == 1)
+        for name in shapes:
+            g = gradient[name] * min(1, 0.5 / norm)
+            first[name] = 0.9 * first[name] + 0.1 * g
+            second[name] = 0.95 * second[name] + 0.05 * g**2
+            unbiased = first[name] / (1 - 0.9**step), second[name] / (1 - 0.95**step)
+            decay = 0.0 if name == "norm" else 0.3
+            x[name] = x[name] - rate * (unbiased[0] / (np.sqrt(unbiased[1]) + 1e-3) + decay * x[name])
+    for name in shapes:
+        np.testing.assert_allclose(mine[name], x[name], rtol=1e-5, atol=1e-6)
