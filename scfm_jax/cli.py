@@ -296,7 +296,7 @@ def demo(out: Positional[Path] = Path("runs/demo"), /) -> None:
     from scfm_jax.downstream.demo import run_demo
 
     _cache_compilations()
-    page = run_demo(out, tissue_demo.recipe())
+    page = run_demo(out, tissue_demo.alone(), tissue_demo.recipe())
     print(f"the report: {page}")
 
 

@@ -69,8 +69,8 @@ class Bar:
 class TrainingBar(Bar):
     """Shows the rows that training reports: what was found, losses, held-out losses."""
 
-    def __init__(self, steps: int, *, quiet: bool = False) -> None:
-        super().__init__("training", quiet=quiet)
+    def __init__(self, steps: int, what: str = "training", *, quiet: bool = False) -> None:
+        super().__init__(what, quiet=quiet)
         self._steps = steps
         self._held_out = ""
 

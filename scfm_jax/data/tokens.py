@@ -120,9 +120,10 @@ class SampleReader:
 
     def __init__(self, corpus: Corpus, config: SampleConfig) -> None:
         if config.neighbours > corpus.n_neighbours:
+            stored = f"the corpus stores {corpus.n_neighbours} a cell"
             raise InputError(
                 corpus.path,
-                f"data.sample.neighbours is {config.neighbours}, the corpus stores {corpus.n_neighbours} a cell",
+                f"data.sample.neighbours is {config.neighbours}, {stored}",
                 f"ask for {corpus.n_neighbours} or fewer, or build the corpus with more",
             )
         if corpus.n_cells >= 2**32:

@@ -25,15 +25,19 @@ from scfm_jax.training.train import train
 LABEL = "domain"
 
 
-def run_demo(out: Path, config: RunConfig, simulation: SimulationConfig | None = None) -> Path:
+def run_demo(
+    out: Path, alone: RunConfig, config: RunConfig, simulation: SimulationConfig | None = None
+) -> Path:
     """Run the demo into a new folder.
 
     Parameters
     ----------
     out
         Becomes the run directory; the slides and their corpus go to ``data/`` and ``corpus/`` inside.
+    alone
+        A first experiment whose weights the second starts from; it goes to ``alone/`` inside.
     config
-        The experiment; its corpus is set here.
+        The experiment. The corpus of both is set here.
     simulation
         The tissue; the default one if not given.
 
@@ -48,10 +52,13 @@ def run_demo(out: Path, config: RunConfig, simulation: SimulationConfig | None =
     """
     if out.exists():
         raise InputError(out, "exists already", "remove it or name another folder")
-    config = replace(config, corpus=str(out / "corpus"))
+    corpus_path = str(out / "corpus")
+    alone = replace(alone, corpus=corpus_path)
+    config = replace(config, corpus=corpus_path, initial_weights=str(out / "alone"))
     simulate_corpus(out, simulation or SimulationConfig())
-    with TrainingBar(config.optimiser.steps) as bar:
-        train(config, out, report=bar.report)
+    for what, stage, folder in (("cells alone", alone, out / "alone"), ("with neighbours", config, out)):
+        with TrainingBar(stage.optimiser.steps, what) as bar:
+            train(stage, folder, report=bar.report)
     model, corpus = open_model(out), Corpus.open(out / "corpus")
     split = split_cells(corpus, config.split)
     probes, table = score_embeddings(model, corpus, split)
@@ -74,7 +81,8 @@ def run_demo(out: Path, config: RunConfig, simulation: SimulationConfig | None =
         ),
         notes=[
             f"Trained on {len(split.train):,} cells, scored on {len(split.test):,} cells of the held-out "
-            f"slide {slide.name}; k = {config.data.sample.neighbours} neighbours, {model.step:,} steps.",
+            f"slide {slide.name}: {alone.optimiser.steps:,} steps on cells alone, then "
+            f"{config.optimiser.steps:,} with {config.data.sample.neighbours} neighbours.",
             "Domains share their cell types, so a cell's own expression does not give its domain. The "
             "baseline that adds the neighbours' mean is strong: a model below it has learnt nothing that a "
             "mean does not give.",

@@ -215,7 +215,7 @@ def make_step(
             "optimiser": moments,
             "step": state["step"] + 1,
         }
-        return new, {**sums, "gradient_norm": optax.global_norm(gradients)}
+        return new, {**sums, "gradient_norm": optax.tree.norm(gradients)}
 
     return step
 

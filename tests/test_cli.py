@@ -1,0 +1,114 @@
+"""The command: what it prints, what it leaves, and status 2 with one line for bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+from scfm_jax.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scfm_jax.cli._cache_compilations", lambda: None)
+
+
+@pytest.fixture
+def slide(corpus_path: Path) -> Path:
+    return corpus_path.parent / "slide0.h5ad"
+
+
+READING = ("--species", "human", "--technology", "simscope", "--um-per-unit", "1")
+
+
+def test_build_info_verify(slide, tmp_path, capsys):
+    out = tmp_path / "corpus"
+    assert main(["corpus", "build", str(out), str(slide), *READING, "--labels", "domain"]) == 0
+    assert "160 of 160 cells kept" in capsys.readouterr().out
+    assert main(["corpus", "info", str(out), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["n_cells"] == 160
+    assert list(info["labels"]) == ["domain"]
+    assert main(["corpus", "verify", str(out)]) == 0
+    assert "whole" in capsys.readouterr().out
+
+
+def test_verify_exits_1_on_damage(corpus_path, tmp_path, capsys):
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus_path, copy)
+    largest = max((path for path in copy.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert main(["corpus", "verify", str(copy)]) == 1
+    assert "slide" in capsys.readouterr().out
+
+
+def test_embed(finished, slide, tmp_path, capsys):
+    out = tmp_path / "out.h5ad"
+    assert main(["embed", str(finished), str(slide), "-o", str(out), *READING]) == 0
+    assert "160 cells embedded" in capsys.readouterr().out
+    assert np.isfinite(anndata.read_h5ad(out).obsm["X_tissue"]).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["corpus", "build", "{new}", "{slide}", "--species", "human"], "--technology is not given"),
+        (["corpus", "build", "{corpus}", "{slide}", *READING], "exists"),
+        (["corpus", "build", "{new}"], "no file is given"),
+        (["corpus", "info", "{new}"], "corpus"),
+        (["train", "{new}.py", "{new}", "--corpus", "{corpus}"], "no such recipe"),
+        (["train", "{recipe}", "{new}"], "names no corpus"),
+        (["train", "{recipe}", "{new}", "--corpus", "{corpus}", "--model.encoder.widht", "8"], "widht"),
+        (
+            ["train", "{recipe}", "{new}", "--corpus", "{corpus}", "--data.sample.neighbours", "60"],
+            "neighbours",
+        ),
+        (
+            [
+                "train",
+                "{recipe}",
+                "{run}",
+                "--corpus",
+                "{corpus}",
+                "--split.margin",
+                "4",
+                "--split.held_out",
+                "slide1",
+                "--data.sample.neighbours",
+                "2",
+            ],
+            "holds a run already",
+        ),
+        (["embed", "{new}", "{slide}", "-o", "{new}.h5ad", *READING], "no run directory"),
+        (["embed", "{run}", "{slide}", "-o", "{slide}", *READING], "exists already"),
+        (["embed", "{run}", "{new}.h5ad", "-o", "{new}2.h5ad", *READING], "no such file"),
+        (["demo", "{corpus}"], "exists already"),
+        (["fly"], "no verb"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(words, told, finished, corpus_path, slide, tmp_path, capsys):
+    places = {
+        "new": tmp_path / "new",
+        "slide": slide,
+        "corpus": corpus_path,
+        "run": finished,
+        "recipe": ROOT / "experiments" / "tissue_real.py",
+    }
+    before = sorted(tmp_path.iterdir())
+    assert main([word.format(**places) for word in words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert told in said.err
+    lines = said.err.strip().splitlines()
+    assert lines[0].startswith("scfm: ")
+    assert len(lines) == 1 or words == ["fly"]
+    assert sorted(tmp_path.iterdir()) == before
