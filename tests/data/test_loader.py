@@ -218,7 +218,7 @@ def test_hosts_that_do_not_divide_the_shards_are_an_error(make):
 
 
 def test_more_neighbours_than_stored_is_an_error(make):
-    with pytest.raises(InputError, match=r"data.neighbours is 9 .* stores 8"):
+    with pytest.raises(InputError, match=r"data.sample.neighbours is 9, the corpus stores 8"):
         make(dataclasses.replace(CONFIG, sample=SampleConfig(neighbours=9)))
 
 

@@ -200,5 +200,5 @@ def test_a_width_that_cuts_a_token_off_is_an_error(known):
 
 
 def test_more_neighbours_than_stored_is_an_error(known):
-    with pytest.raises(InputError, match=r"data.neighbours is 9 but the corpus stores 8 neighbours a cell"):
+    with pytest.raises(InputError, match=r"data.sample.neighbours is 9, the corpus stores 8 a cell"):
         SampleReader(known.corpus, SampleConfig(neighbours=9))

@@ -182,7 +182,7 @@ def test_a_gene_never_seen_is_predicted_zero(baseline):
     train, test = tissue(n=600, n_genes=4)
     values, nonzero = train.values.copy(), train.nonzero.copy()
     values[:, 1], nonzero[:, 1] = 0, False
-    silent = replace(train, values=values, nonzero=nonzero)
+    silent = replace(train, values=values, targets=values, nonzero=nonzero)
     for rates in (RATES, (0.3, 0.0)):  # with the second it is never masked either
         assert baseline(silent, test, rates)[:, 1] == pytest.approx(0, abs=1e-6)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+
+from scfm_jax.training.config import RunConfig
+from scfm_jax.training.train import train
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,3 +26,11 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def finished(compile_once: None, config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that was never stopped, compiled with the settings of the runs that are compared with it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished_here"
+    assert train(config, folder) == config.optimiser.steps
+    return folder

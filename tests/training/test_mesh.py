@@ -65,7 +65,7 @@ def test_what_the_mesh_does_not_divide_is_not_split() -> None:
 
 def test_mesh_takes_all_devices_or_says_why_not() -> None:
     assert dict(make_mesh(MeshConfig()).shape) == {"data": len(jax.devices()), "fsdp": 1, "tensor": 1}
-    with pytest.raises(InputError, match="mesh: data x fsdp x tensor = 2 x 3 x 1 is not the 1 devices"):
+    with pytest.raises(InputError, match="mesh: data x fsdp x tensor = 2 x 3 x 1 is not 1 devices"):
         make_mesh(MeshConfig(data=2, fsdp=3), jax.devices()[:1])
 
 

@@ -182,7 +182,7 @@ def test_bad_input_is_one_line(
             override(config, ["--data.sample.neighbours", "9"], "f"),
             tmp_path / "new",
             False,
-            "stores 4 neighbours",
+            "stores 4 a cell",
         ),
         (override(config, ["--split.held_out", "no*"], "f"), tmp_path / "new", False, "matches no slide"),
         (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not the 1 devices here"),
