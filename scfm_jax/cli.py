@@ -221,7 +221,7 @@ def train(
     with TrainingBar(config.optimiser.steps) as bar:
         done = train(config, run, resume=resume, report=bar.report)
     if done < config.optimiser.steps:
-        print(f"stopped and saved at step {done:,}; go on with: scfm train {recipe} {run} --resume")
+        print(f"stopped and saved at step {done:,}: the same command with --resume goes on")
     else:
         print(f"trained {done:,} steps: {run}")
 

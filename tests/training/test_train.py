@@ -185,7 +185,7 @@ def test_bad_input_is_one_line(
             "stores 4 a cell",
         ),
         (override(config, ["--split.held_out", "no*"], "f"), tmp_path / "new", False, "matches no slide"),
-        (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not the 1 devices here"),
+        (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not 1 devices"),
         (
             dataclasses.replace(config, initial_weights=str(tmp_path)),
             tmp_path / "new",
