@@ -21,7 +21,12 @@ import tyro
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
 from scfm_jax.downstream import baselines, metrics
-from scfm_jax.downstream.imputation import MaskedExpression, masked_expression, predict_masked
+from scfm_jax.downstream.imputation import (
+    MaskedExpression,
+    baseline_inputs,
+    masked_expression,
+    predict_masked,
+)
 from scfm_jax.downstream.model import open_model
 from scfm_jax.training.train import select_cells
 
@@ -74,16 +79,7 @@ def main(arguments: Arguments) -> None:
         f"{len(held.panel)} genes, {len(np.unique(block))} blocks"
     )
 
-    cells = baselines.TrainingCells(
-        seen.values,
-        seen.targets,
-        seen.mask,
-        seen.counts > 0,
-        seen.neighbour_mean,
-        np.log(seen.total),
-        split.block[train],
-    )
-    masked = baselines.MaskedCells(held.values, held.mask, held.neighbour_mean, np.log(held.total))
+    cells, masked = baseline_inputs(seen, split.block[train], held)
     predictions: dict[str, np.ndarray] = {}
     for name, baseline in {
         REFERENCE: baselines.weighted_gene_mean,

@@ -12,7 +12,12 @@ from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.downstream import baselines, metrics
 from scfm_jax.downstream.embed import embed_cells
-from scfm_jax.downstream.imputation import masked_expression, panel_counts, predict_masked
+from scfm_jax.downstream.imputation import (
+    baseline_inputs,
+    masked_expression,
+    panel_counts,
+    predict_masked,
+)
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.downstream.probe import Probe, own_and_neighbour_features, probe
 from scfm_jax.downstream.report import Predictions, Table, Tissue, write_report
@@ -148,16 +153,7 @@ def score_expression(model: TrainedModel, corpus: Corpus, split: Split) -> tuple
     train_cells = train_cells[np.array(same)[corpus.slide_of(train_cells)]]
     seen = masked_expression(corpus, train_cells, config, seed=1)
     rates = (config.nonzero_rate, config.zero_rate)
-    cells = baselines.TrainingCells(
-        seen.values,
-        seen.targets,
-        seen.mask,
-        seen.counts > 0,
-        seen.neighbour_mean,
-        np.log(seen.total),
-        split.block[train_cells],
-    )
-    masked = baselines.MaskedCells(held.values, held.mask, held.neighbour_mean, np.log(held.total))
+    cells, masked = baseline_inputs(seen, split.block[train_cells], held)
     predicted, _, mask = predict_masked(model, corpus, test_cells, held.panel, seed=0)
     methods = {
         "weighted gene mean": baselines.weighted_gene_mean(cells, masked, rates),

@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import column_mask, mask_bits, seed_words
 from scfm_jax.data.tokens import EVALUATION_STEP
-from scfm_jax.downstream.baselines import neighbour_mean
+from scfm_jax.downstream.baselines import MaskedCells, TrainingCells, neighbour_mean
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.errors import InputError
 from scfm_jax.objectives.column_masking import MAX_VALUE, ColumnMaskingConfig, predict
@@ -129,6 +129,22 @@ def masked_expression(
 
 def _target_sum(config: ColumnMaskingConfig, medians: Float32[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
     return medians if config.target_sum == "median" else np.full_like(medians, config.target_sum)
+
+
+def baseline_inputs(
+    train: MaskedExpression, train_block: Int[np.ndarray, " n"], test: MaskedExpression
+) -> tuple[TrainingCells, MaskedCells]:
+    """What the baselines learn from and what they predict; `train_block` is the spatial block of each cell."""
+    cells = TrainingCells(
+        values=train.values,
+        targets=train.targets,
+        mask=train.mask,
+        nonzero=train.counts > 0,
+        neighbour_mean=train.neighbour_mean,
+        depth=np.log(train.total),
+        block=train_block,
+    )
+    return cells, MaskedCells(test.values, test.mask, test.neighbour_mean, np.log(test.total))
 
 
 def predict_masked(
