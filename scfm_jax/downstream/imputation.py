@@ -134,7 +134,7 @@ def _target_sum(config: ColumnMaskingConfig, medians: Float32[np.ndarray, " n"])
 def baseline_inputs(
     train: MaskedExpression, train_block: Int[np.ndarray, " n"], test: MaskedExpression
 ) -> tuple[TrainingCells, MaskedCells]:
-    """What the baselines learn from and what they predict; `train_block` is the spatial block of each cell."""
+    """What the baselines learn from and predict; `train_block` is the spatial block of each training cell."""
     cells = TrainingCells(
         values=train.values,
         targets=train.targets,
