@@ -150,6 +150,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
                     saved = step
                 if stopped:
                     break
+            # A signal can come after this step was judged not to be the last.
+            if pending:
+                flush(clock)
             if saved != step:
                 checkpoints.save(step, state)
     return step
