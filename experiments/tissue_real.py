@@ -20,7 +20,6 @@ def recipe() -> RunConfig:
         model=TissueConfig(
             encoder=TransformerConfig(layers=2, heads=1, width=64),
             decoder=TransformerConfig(layers=2, heads=1, width=64),
-            init_std=0.1,
             value_init="spread",
             gene_bias=True,
         ),
@@ -28,7 +27,7 @@ def recipe() -> RunConfig:
         data=DataConfig(sample=SampleConfig(neighbours=16), batch_size=32),
         objective=ColumnMaskingConfig(normalise="visible", target_sum="median", depth_floor=None),
         optimiser=OptimiserConfig(
-            steps=2_000, initial_rate=1e-4, peak_rate=2e-3, final_rate=1e-5, warmup_steps=100
+            name="muon", steps=2_000, initial_rate=1e-4, peak_rate=2e-3, final_rate=1e-5, warmup_steps=100
         ),
         evaluate_every=500,
         evaluate_cells=1_024,

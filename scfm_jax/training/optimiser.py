@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from scfm_jax.training.config import OptimiserConfig
+
+# Muon's updates get the root mean square that AdamW's have, so that one learning rate suits both (Liu et al.,
+# "Muon is Scalable for LLM Training", 2025).
+MUON_RMS = 0.2
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
@@ -22,25 +28,48 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
 
 
 def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm.
+    """AdamW or Muon, after clipping by the global norm.
 
     Parameters
     ----------
     names
         Tree of logical names: a parameter with two named axes or more, layers aside, is a matrix and decays.
+        Muon takes the matrices that have a named axis, each stacked layer's on its own, and leaves the gene
+        table, biases and norms to Nadam without decay.
     """
-    is_names = lambda node: isinstance(node, tuple)  # noqa: E731
-    decays = jax.tree.map(
-        lambda logical: sum(name != "layers" for name in logical) >= 2, names, is_leaf=is_names
-    )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            learning_rate(config),
+
+    def of_each(rule: Callable[[tuple[str | None, ...]], Any]) -> Any:
+        return jax.tree.map(rule, names, is_leaf=lambda node: isinstance(node, tuple))
+
+    rate = learning_rate(config)
+    decays = of_each(lambda logical: sum(name != "layers" for name in logical) >= 2)
+    if config.name == "adamw":
+        method = optax.adamw(
+            rate,
             b1=config.b1,
             b2=config.b2,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
             mask=decays,
-        ),
-    )
+        )
+    else:
+        method = optax.contrib.muon(
+            rate,
+            beta=config.b2,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=decays,
+            consistent_rms=MUON_RMS,
+            muon_weight_dimension_numbers=of_each(_matrix_axes),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), method)
+
+
+def _matrix_axes(logical: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
+    """Rows and columns of what Muon takes; None leaves it to AdamW."""
+    axes = logical[1:] if logical[:1] == ("layers",) else logical
+    if len(axes) != 2 or "vocabulary" in axes or axes == (None, None):
+        return None
+    return optax.contrib.MuonDimensionNumbers(len(logical) - 2, len(logical) - 1)

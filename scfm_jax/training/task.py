@@ -52,7 +52,11 @@ def make_task(model: Any, run: RunConfig, corpus: Corpus) -> Task:
 @make_task.register
 def _(model: TissueConfig, run: RunConfig, corpus: Corpus) -> Task:
     if model.positions == "coordinates":
-        unknown = [slide.name for slide in corpus.slides if slide.spatial and slide.um_per_unit is None]
+        unknown = [
+            slide.name
+            for slide in corpus.slides
+            if run.takes(slide.technology) and slide.spatial and slide.um_per_unit is None
+        ]
         if unknown:
             raise InputError(
                 corpus.path,

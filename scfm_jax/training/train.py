@@ -236,13 +236,14 @@ def fresh_state(task: Task, optimiser: optax.GradientTransformation, key: jax.Ar
 def state_shardings(mesh: Any, optimiser: optax.GradientTransformation, shapes: Any, names: Any) -> State:
     """Where the state lies: moments beside their parameters, scalars everywhere."""
     places = parameter_shardings(mesh, shapes, names)
-    moments = optax.tree_utils.tree_map_params(
-        optimiser,
-        lambda _, place: place,
-        jax.eval_shape(optimiser.init, shapes),
-        places,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    of_parameter = dict(jax.tree.leaves_with_path(places))
+
+    def of_moment(path: tuple[Any, ...], leaf: Any) -> Any:
+        """A moment's path ends with its parameter's."""
+        ends = (path[start:] for start in range(len(path)))
+        return next((of_parameter[end] for end in ends if end in of_parameter), replicated(mesh))
+
+    moments = jax.tree.map_with_path(of_moment, jax.eval_shape(optimiser.init, shapes))
     return {"parameters": places, "optimiser": moments, "step": replicated(mesh)}
 
 
@@ -250,9 +251,7 @@ def select_cells(
     corpus: Corpus, split: Split, config: RunConfig
 ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
     """Cells to train on, and the held-out cells that evaluations look at, both ascending."""
-    chosen = np.array(
-        [not config.technologies or slide.technology in config.technologies for slide in corpus.slides]
-    )
+    chosen = np.array([config.takes(slide.technology) for slide in corpus.slides])
     if not chosen.any():
         there = sorted({slide.technology for slide in corpus.slides})
         raise InputError(
