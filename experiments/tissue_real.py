@@ -18,8 +18,8 @@ def recipe() -> RunConfig:
     return RunConfig(
         name="tissue_real",
         model=TissueConfig(
-            encoder=TransformerConfig(layers=2, heads=1, width=64),
-            decoder=TransformerConfig(layers=2, heads=1, width=64),
+            encoder=TransformerConfig(layers=2, heads=4, width=64),
+            decoder=TransformerConfig(layers=2, heads=4, width=64),
             value_init="spread",
             gene_bias=True,
         ),
