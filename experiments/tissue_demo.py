@@ -11,24 +11,21 @@ from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.loader import DataConfig
 from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.models.transformer import TransformerConfig
-from scfm_jax.training.config import OptimiserConfig, RunConfig
+from scfm_jax.training.config import RunConfig
 
 
 def alone() -> RunConfig:
     real = tissue_real.recipe()
-    small = TransformerConfig(layers=1, heads=1, width=64)
     return replace(
         real,
         name="tissue_demo_alone",
-        model=replace(real.model, encoder=small, decoder=small),
+        model=replace(real.model, decoder=TransformerConfig(layers=1, heads=4, width=64)),
         split=SplitConfig(held_out=("slide3",)),
         data=DataConfig(sample=SampleConfig(neighbours=0), batch_size=8, window=8, rungs=2),
-        optimiser=OptimiserConfig(
-            steps=3_000, initial_rate=1e-4, peak_rate=2e-3, final_rate=1e-4, warmup_steps=50
-        ),
-        evaluate_every=1_000,
+        optimiser=replace(real.optimiser, steps=1_200, warmup_steps=50),
+        evaluate_every=400,
         evaluate_cells=512,
-        checkpoint_every=3_000,
+        checkpoint_every=1_200,
     )
 
 
@@ -38,7 +35,7 @@ def recipe() -> RunConfig:
         first,
         name="tissue_demo",
         data=replace(first.data, sample=SampleConfig(neighbours=8), window=16, rungs=3),
-        optimiser=replace(first.optimiser, steps=700, peak_rate=1e-3, final_rate=1e-5),
+        optimiser=replace(first.optimiser, steps=700, peak_rate=1e-3),
         evaluate_every=350,
         checkpoint_every=700,
     )

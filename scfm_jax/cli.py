@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -284,19 +285,21 @@ def embed(
     )
 
 
-def demo(out: Positional[Path] = Path("runs/demo"), /) -> None:
+def demo(out: Positional[Path | None] = None, /) -> None:
     """Simulate a tissue, pretrain on it, embed and score held-out cells, write a report. Takes minutes.
 
     Parameters
     ----------
     out
-        A new folder.
+        A new folder; if not given, runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is free.
     """
     from experiments import tissue_demo
     from scfm_jax.downstream.demo import run_demo
 
     _cache_compilations()
-    page = run_demo(out, tissue_demo.alone(), tissue_demo.recipe())
+    numbered = (Path(f"runs/demo-{number}") for number in itertools.count(2))
+    free = (path for path in itertools.chain([Path("runs/demo")], numbered) if not path.exists())
+    page = run_demo(out or next(free), tissue_demo.alone(), tissue_demo.recipe())
     print(f"the report: {page}")
 
 

@@ -41,7 +41,7 @@ class SplitConfig:
         used with ``held_out``.
     margin
         K, the neighbours that count. Fix it for a whole study at the largest k compared, so that all models
-        learn from the same cells.
+        learn from the same cells. Not used with ``held_out``.
     context
         Whether a test cell and a training cell may have a neighbour in common, as unlabelled context.
     min_kept
@@ -147,7 +147,7 @@ def _check(corpus: Corpus, config: SplitConfig) -> None:
         "min_kept": (0 <= config.min_kept <= 1, "give a share from 0 to 1"),
     }
     if config.held_out:
-        del checks["n_folds"], checks["fold"]
+        del checks["n_folds"], checks["fold"], checks["margin"]
     for name, (valid, mend) in checks.items():
         if not valid:
             raise InputError(corpus.path, f"split.{name} is {getattr(config, name)!r}, out of range", mend)

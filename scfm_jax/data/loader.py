@@ -20,7 +20,7 @@ from jaxtyping import Int64
 
 from scfm_jax.corpus import BLOCK, Corpus
 from scfm_jax.data.batch import TissueBatch
-from scfm_jax.data.ladder import Ladder, fit_ladder
+from scfm_jax.data.ladder import fit_ladder
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.stream import ShardStreams
 from scfm_jax.data.tokens import SampleConfig, SampleReader, Samples
@@ -138,7 +138,6 @@ class TissueLoader:
             )
             for number in (seed, _CALIBRATION_SEED)
         )
-        self.cells_per_epoch = len(centres)
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
         # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their
@@ -264,6 +263,3 @@ def block_numbers(corpus: Corpus, cells: Int64[np.ndarray, " n"]) -> Int64[np.nd
     blocks = -(-np.diff(corpus.slide_starts) // BLOCK)
     slides = corpus.slide_of(cells)
     return (np.cumsum(blocks) - blocks)[slides] + (cells - corpus.slide_starts[slides]) // BLOCK
-
-
-__all__ = ["DataConfig", "Ladder", "TissueLoader", "block_numbers", "evaluation_batches"]

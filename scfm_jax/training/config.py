@@ -176,20 +176,28 @@ def override(config: RunConfig, flags: Sequence[str], where: str) -> RunConfig:
                 raise InputError(where, f"has no field {name!r}", _suggestion(key, node))
             if place < len(keys) - 1:
                 node = node[key]
-        try:
-            node[keys[-1]] = json.loads(text)
-        except json.JSONDecodeError:
-            node[keys[-1]] = text.split(",") if isinstance(node[keys[-1]], tuple | list) else text
-        if isinstance(getattr_path(config, keys), tuple) and not isinstance(node[keys[-1]], list):
-            node[keys[-1]] = [str(node[keys[-1]])]
+        node[keys[-1]] = _parsed(text, _field_type(config, keys))
     return from_dict(RunConfig, content, where)
 
 
-def getattr_path(config: Any, keys: Sequence[str]) -> Any:
-    """The value at a dotted path of nested dataclasses."""
-    for key in keys:
+def _field_type(config: Any, keys: Sequence[str]) -> Any:
+    """The declared type at a dotted path of nested dataclasses."""
+    for key in keys[:-1]:
         config = getattr(config, key)
-    return config
+    return typing.get_type_hints(type(config))[keys[-1]]
+
+
+def _parsed(text: str, hint: Any) -> Any:
+    """What a flag's `text` says for a field of type `hint`: JSON, except that text is taken as it stands."""
+    if hint is str:
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    if typing.get_origin(hint) is tuple and not isinstance(value, list):
+        return text.split(",")
+    return value
 
 
 def from_dict(kind: type[T], content: dict[str, Any], where: str, path: str = "") -> T:
