@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event
 
 from scfm_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -41,3 +45,26 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_begun_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """Records of TFRecord files: a length, its checksum, an event, its checksum."""
+    for path in sorted(folder.iterdir()):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            (size,) = struct.unpack_from("<Q", content, start)
+            yield Event.FromString(content[start + 12 : start + 12 + size])
+            start += 16 + size
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 0.5, "what": "text"}, {"step": 2, "held_out_loss": 0.25}]
+    with MetricsWriter(tmp_path, 0) as writer:
+        for row in rows:
+            writer.write(row)
+    scalars = [
+        (event.step, value.tag, value.simple_value)
+        for event in events(tmp_path / "tensorboard")
+        for value in event.summary.value
+    ]
+    assert scalars == [(1, "loss", 0.5), (2, "held_out_loss", 0.25)]

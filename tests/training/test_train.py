@@ -99,8 +99,14 @@ def test_the_best_and_the_last_checkpoints_stay(finished: Path, config: RunConfi
         assert (checkpoints.best, checkpoints.latest) == (best, 6)
 
 
-def test_a_stopped_run_goes_on_to_the_bit(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_to_the_bit(
+    optimiser: str, finished: Path, config: RunConfig, tmp_path: Path
+) -> None:
     folder = tmp_path / "stopped"
+    if optimiser != config.optimiser.name:
+        config, finished = override(config, ["--optimiser.name", optimiser], "test"), tmp_path / "finished"
+        train(config, finished)
 
     def stop_after_three(row: dict[str, Any]) -> None:
         if row.get("step") == 3 and "loss" in row:
