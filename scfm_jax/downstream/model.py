@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float32, Int64
 
 from scfm_jax.corpus import Corpus
@@ -19,37 +17,11 @@ from scfm_jax.data.loader import evaluation_batches
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
-from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import Parameters, abstract
-from scfm_jax.models.tissue import TissueModel
-from scfm_jax.training.checkpoint import Checkpoints, abstract_state
-from scfm_jax.training.config import RunConfig
-from scfm_jax.training.mesh import make_mesh, replicated
-from scfm_jax.training.optimiser import make_optimiser
-from scfm_jax.training.train import read_run
+from scfm_jax.training.run import Weights, restore_weights
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedModel:
-    """Parameters of a run, and all that is needed to feed them.
-
-    Attributes
-    ----------
-    config
-        The run's.
-    vocabulary
-        Genes that the model knows, in the order of its table.
-    graph, parameters
-        For `nnx.merge`.
-    step
-        Of the checkpoint.
-    """
-
-    config: RunConfig
-    vocabulary: Vocabulary
-    graph: nnx.GraphDef
-    parameters: Parameters
-    step: int
+class TrainedModel(Weights):
+    """Weights of a run, with what feeds them cells."""
 
     @property
     def hash(self) -> str:
@@ -84,7 +56,7 @@ class TrainedModel:
         )
 
 
-def open_model(folder: Path, *, checkpoint: str = "best") -> TrainedModel:
+def open_model(folder: Path, *, checkpoint: Literal["best", "last"] = "best") -> TrainedModel:
     """Open a run directory.
 
     Parameters
@@ -99,22 +71,7 @@ def open_model(folder: Path, *, checkpoint: str = "best") -> TrainedModel:
     InputError
         No run there, or one without a checkpoint.
     """
-    config, _ = read_run(folder)
-    vocabulary = Vocabulary.from_dict(json.loads((folder / "vocabulary.json").read_text()))
-    graph, shapes, names = abstract(
-        lambda rngs: TissueModel(
-            config.model, len(vocabulary), dispersion=config.objective.loss == "nb", rngs=rngs
-        )
-    )
-    place = replicated(make_mesh(type(config.mesh)()))
-    moments = jax.eval_shape(make_optimiser(config.optimiser, names).init, shapes)
-    state = {"parameters": shapes, "optimiser": moments, "step": jax.ShapeDtypeStruct((), np.int32)}
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        step = checkpoints.best if checkpoint == "best" else checkpoints.latest
-        if step is None:
-            raise InputError(folder, "has no checkpoint yet", "train it first")
-        restored = checkpoints.restore(step, abstract_state(state, jax.tree.map(lambda _: place, state)))
-    return TrainedModel(config, vocabulary, graph, restored["parameters"], step)
+    return TrainedModel(**vars(restore_weights(folder, checkpoint)))
 
 
 def pooled(

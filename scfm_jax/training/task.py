@@ -43,6 +43,11 @@ class Task:
     evaluation: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any]]]
 
 
+def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Random streams to the module that `run` trains over a vocabulary of `n_genes`."""
+    return lambda rngs: TissueModel(run.model, n_genes, dispersion=run.objective.loss == "nb", rngs=rngs)
+
+
 @singledispatch
 def make_task(model: Any, run: RunConfig, corpus: Corpus) -> Task:
     """The task of a model config; each family registers its own."""
@@ -65,7 +70,7 @@ def _(model: TissueConfig, run: RunConfig, corpus: Corpus) -> Task:
             )
     n_genes, objective = len(corpus.vocabulary), run.objective
     return Task(
-        build=lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs),
+        build=model_builder(run, n_genes),
         loss=partial(
             column_masking_loss,
             config=objective,

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +19,13 @@ from jaxtyping import Int64
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.errors import InputError
-from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import abstract, count_parameters, initialise
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
-from scfm_jax.training.config import RunConfig, from_dict
+from scfm_jax.training.config import RunConfig
 from scfm_jax.training.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
 from scfm_jax.training.metrics import MetricsWriter
 from scfm_jax.training.optimiser import learning_rate, make_optimiser
+from scfm_jax.training.run import open_run, restore_weights
 from scfm_jax.training.task import Task, make_task
 
 State = dict[str, Any]
@@ -83,7 +79,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     like = abstract_state(jax.eval_shape(fresh), shardings)
     initial = None
     if config.initial_weights and not resume:  # before anything is written, so that an error leaves nothing
-        initial = initial_parameters(Path(config.initial_weights), corpus, like)
+        initial = initial_parameters(Path(config.initial_weights), corpus, like["parameters"])
     open_run(folder, config, corpus, resume=resume)
     with (
         Checkpoints(
@@ -94,7 +90,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
         start = (checkpoints.latest or 0) if resume else 0
         state = checkpoints.restore(start, like) if start else fresh()
         if config.initial_weights and not start:
-            state["parameters"] = initial or initial_parameters(Path(config.initial_weights), corpus, like)
+            state["parameters"] = initial or initial_parameters(
+                Path(config.initial_weights), corpus, like["parameters"]
+            )
         report(
             {
                 "training_cells": len(train_cells),
@@ -158,20 +156,21 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     return step
 
 
-def initial_parameters(folder: Path, corpus: Corpus, like: State) -> Any:
+def initial_parameters(folder: Path, corpus: Corpus, like: Any) -> Any:
     """Parameters of another run's best checkpoint, for the same vocabulary and geometry."""
-    if not (folder / "vocabulary.json").is_file():
-        raise InputError(
-            folder, "is no run directory (initial_weights)", "name a folder that scfm train wrote"
-        )
-    if Vocabulary.read(folder / "vocabulary.json").hash != corpus.vocabulary.hash:
+    weights = restore_weights(folder)
+    if weights.vocabulary.hash != corpus.vocabulary.hash:
         raise InputError(
             folder, "has another vocabulary than the corpus (initial_weights)", "start from the seed"
         )
-    with Checkpoints(folder / "checkpoints") as other:
-        if other.best is None:
-            raise InputError(folder, "has no checkpoint (initial_weights)", "train it first")
-        return other.restore(other.best, like)["parameters"]
+    there, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (weights.parameters, like))
+    if there != wanted:
+        raise InputError(
+            folder,
+            "has weights of another geometry (initial_weights)",
+            "give the model the sizes in its config.json, or start from the seed",
+        )
+    return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), weights.parameters, like)
 
 
 def make_step(
@@ -293,61 +292,6 @@ def to_devices(batch: Any, mesh: Any) -> Any:
     """A host's rows as its part of a global batch."""
     place = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(place, rows), batch)
-
-
-def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
-    """Make the run directory, or check that it is this run's."""
-    content = {"config": dataclasses.asdict(config), "corpus_hash": corpus.hash}
-    path = folder / "config.json"
-    if resume:
-        stored, stored_hash = read_run(folder)
-        if stored_hash != corpus.hash:
-            raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
-        same = dataclasses.replace(stored, corpus=config.corpus, optimiser=config.optimiser)
-        if same != config:
-            raise InputError(
-                folder, "was started with another config", "resume without overrides, or start anew"
-            )
-    elif path.exists():
-        raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    packages = (
-        "scfm_jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "grain",
-        "tensorstore",
-        "numpy",
-    )
-    environment = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "packages": {name: version(name) for name in packages},
-    }
-    corpus.vocabulary.save(folder / "vocabulary.json")
-    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
-def read_run(folder: Path) -> tuple[RunConfig, str]:
-    """The config and the corpus hash of a run directory.
-
-    Raises
-    ------
-    InputError
-        No run there, or a config that this version does not know.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise InputError(
-            folder, "is no run directory (no config.json)", "name a folder that scfm train wrote"
-        )
-    content = json.loads(path.read_text())
-    return from_dict(RunConfig, content["config"], str(path)), content["corpus_hash"]
 
 
 @contextmanager

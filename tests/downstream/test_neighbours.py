@@ -1,4 +1,4 @@
-"""What the neighbours are for: on the simulated tissue, whose signals are known, a trained model uses them."""
+"""What neighbours are for: a trained model uses those of the simulated tissue, whose signals are known."""
 
 from __future__ import annotations
 

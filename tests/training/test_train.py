@@ -21,8 +21,9 @@ from scfm_jax.training.config import RunConfig, override
 from scfm_jax.training.mesh import make_mesh
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.run import read_run
 from scfm_jax.training.task import make_task
-from scfm_jax.training.train import fresh_state, read_run, state_shardings, stop_signals, train
+from scfm_jax.training.train import fresh_state, state_shardings, stop_signals, train
 
 CLOCK = ("tokens_per_second",)  # all else is a function of the config
 
@@ -154,8 +155,11 @@ def test_accumulation_changes_the_memory_and_nothing_else(
     )
 
 
-def test_weights_of_another_run_with_another_k(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+def test_weights_of_another_run_with_another_k_and_optimiser(
+    finished: Path, config: RunConfig, tmp_path: Path
+) -> None:
     flags = ["--data.sample.neighbours", "1", "--optimiser.steps", "1", "--optimiser.peak_rate", "0"]
+    flags += ["--optimiser.name", "muon"]
     other = override(config, [*flags, "--initial_weights", str(finished)], "flags")
     assert train(other, tmp_path / "fewer") == 1
     with Checkpoints(finished / "checkpoints") as checkpoints:
@@ -197,6 +201,12 @@ def test_bad_input_is_one_line(
             tmp_path / "new",
             False,
             "is no run directory",
+        ),
+        (
+            override(config, ["--initial_weights", str(finished), "--model.encoder.layers", "1"], "f"),
+            tmp_path / "new",
+            False,
+            "has weights of another geometry",
         ),
         (dataclasses.replace(config, corpus=str(tmp_path / "none")), tmp_path / "new", False, "none"),
     ]

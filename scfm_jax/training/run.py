@@ -1,0 +1,125 @@
+"""A run directory: made, checked, read, and its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.errors import InputError
+from scfm_jax.genes import Vocabulary
+from scfm_jax.models.functional import Parameters, abstract
+from scfm_jax.training.checkpoint import Checkpoints, abstract_state
+from scfm_jax.training.config import RunConfig, from_dict
+from scfm_jax.training.mesh import make_mesh, replicated
+from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.task import model_builder
+
+
+def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
+    """Make the run directory, or check that it is this run's."""
+    content = {"config": dataclasses.asdict(config), "corpus_hash": corpus.hash}
+    path = folder / "config.json"
+    if resume:
+        stored, stored_hash = read_run(folder)
+        if stored_hash != corpus.hash:
+            raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
+        same = dataclasses.replace(stored, corpus=config.corpus, optimiser=config.optimiser)
+        if same != config:
+            raise InputError(
+                folder, "was started with another config", "resume without overrides, or start anew"
+            )
+    elif path.exists():
+        raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    packages = (
+        "scfm_jax",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "grain",
+        "tensorstore",
+        "numpy",
+    )
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: version(name) for name in packages},
+    }
+    corpus.vocabulary.save(folder / "vocabulary.json")
+    (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def read_run(folder: Path) -> tuple[RunConfig, str]:
+    """The config and the corpus hash of a run directory.
+
+    Raises
+    ------
+    InputError
+        No run there, or a config that this version does not know.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(
+            folder, "is no run directory (no config.json)", "name a folder that scfm train wrote"
+        )
+    content = json.loads(path.read_text())
+    return from_dict(RunConfig, content["config"], str(path)), content["corpus_hash"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Parameters of a run, and what gives them their meaning.
+
+    Attributes
+    ----------
+    config
+        The run's.
+    vocabulary
+        Genes that the model knows, in the order of its table.
+    graph, parameters
+        For `nnx.merge`.
+    step
+        Of the checkpoint.
+    """
+
+    config: RunConfig
+    vocabulary: Vocabulary
+    graph: nnx.GraphDef
+    parameters: Parameters
+    step: int
+
+
+def restore_weights(folder: Path, checkpoint: Literal["best", "last"] = "best") -> Weights:
+    """Read the weights of a run directory, on every device whole.
+
+    Raises
+    ------
+    InputError
+        No run there, or one without a checkpoint.
+    """
+    config, _ = read_run(folder)
+    vocabulary = Vocabulary.read(folder / "vocabulary.json")
+    graph, shapes, names = abstract(model_builder(config, len(vocabulary)))
+    place = replicated(make_mesh(type(config.mesh)()))
+    moments = jax.eval_shape(make_optimiser(config.optimiser, names).init, shapes)
+    state = {"parameters": shapes, "optimiser": moments, "step": jax.ShapeDtypeStruct((), np.int32)}
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.best if checkpoint == "best" else checkpoints.latest
+        if step is None:
+            raise InputError(folder, "has no checkpoint yet", "train it first")
+        restored = checkpoints.restore(step, abstract_state(state, jax.tree.map(lambda _: place, state)))
+    return Weights(config, vocabulary, graph, restored["parameters"], step)
