@@ -3,8 +3,8 @@
     python tools/masked_expression.py CORPUS RUN [RUN ...] --json OUT.json
 
 All runs must share the split, the technologies and the objective. Every method predicts the same masked
-entries of the same held-out cells (mask seed 0). Runs that differ only in the seed are averaged in error, and
-their spread is shown.
+entries of the same held-out cells (mask seed 0). Runs that differ in the seed alone make one row: their mean
+error, and the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from scfm_jax.downstream.imputation import (
     predict_masked,
 )
 from scfm_jax.downstream.model import open_model
+from scfm_jax.training.config import RunConfig
 from scfm_jax.training.train import select_cells
 
 PARTS = ("all", "nonzero", "zero", "inverse_rate")
@@ -80,14 +81,14 @@ def main(arguments: Arguments) -> None:
     )
 
     cells, masked = baseline_inputs(seen, split.block[train], held)
-    predictions: dict[str, np.ndarray] = {}
+    predictions: dict[str, list[np.ndarray]] = {}
     for name, baseline in {
         REFERENCE: baselines.weighted_gene_mean,
         "calibrated neighbours (sees the masked column)": baselines.calibrated_neighbours,
         "ridge": baselines.ridge,
     }.items():
         started = time.perf_counter()
-        predictions[name] = baseline(cells, masked, rates)
+        predictions[name] = [baseline(cells, masked, rates)]
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
     genes = np.arange(len(held.panel))
     if arguments.boosted_genes:
@@ -99,17 +100,28 @@ def main(arguments: Arguments) -> None:
         value, target, mask = predict_masked(model, corpus, test, held.panel, seed=0)
         assert np.array_equal(mask, held.mask), "the model masked other entries than the baselines"
         np.testing.assert_allclose(target[mask], held.values[mask], rtol=1e-4, atol=1e-4)
-        predictions[str(run)] = value
+        predictions.setdefault(without_seed(model.config), []).append(value)
+        print(f"{run}: {without_seed(model.config)}", flush=True)
     result: dict[str, Any] = {"panel": table(predictions, held, block, rates, np.arange(len(held.panel)))}
     whole = np.zeros(held.mask.shape, np.float32)
     whole[:, genes] = boosted
     key = "panel" if len(genes) == len(held.panel) else f"{len(genes)} genes"
-    result[key] = table({**predictions, "gradient boosting": whole}, held, block, rates, genes)
+    result[key] = table({**predictions, "gradient boosting": [whole]}, held, block, rates, genes)
     for name, rows in result.items():
         print(f"\n{name}")
         show(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def without_seed(config: RunConfig) -> str:
+    """A name that runs of one experiment share: what was trained, whatever the seed."""
+    optimiser = config.optimiser
+    start = ", from weights" if config.initial_weights else ""
+    return (
+        f"{config.name}, k = {config.data.sample.neighbours}, "
+        f"{optimiser.steps:,} steps of {config.data.batch_size}{start}"
+    )
 
 
 def subset(cells: np.ndarray, size: int) -> np.ndarray:
@@ -120,34 +132,35 @@ def subset(cells: np.ndarray, size: int) -> np.ndarray:
 
 
 def table(
-    predictions: dict[str, np.ndarray],
+    predictions: dict[str, list[np.ndarray]],
     held: MaskedExpression,
     block: np.ndarray,
     rates: tuple[float, float],
     genes: np.ndarray,
 ) -> dict[str, Any]:
-    """Scores of every method over the columns `genes`, and paired ratios to the others."""
+    """Scores of each method over the columns `genes`, means over its seeds, and ratios to the others."""
     target, counts, mask = held.values[:, genes], held.counts[:, genes], held.mask[:, genes]
-    errors, rows = {}, {}
-    for name, prediction in predictions.items():
-        errors[name] = metrics.squared_error(target, prediction[:, genes], mask, counts > 0, rates)
-    deviance = {
-        name: metrics.poisson_deviance(
-            counts,
-            prediction[:, genes],
-            mask,
-            counts > 0,
-            rates,
-            total=held.total,
-            target_sum=held.target_sum,
+    errors, deviance, seeds, rank = {}, {}, {}, {}
+    for name, of_seeds in predictions.items():
+        of_genes = [prediction[:, genes] for prediction in of_seeds]
+        squared = [metrics.squared_error(target, said, mask, counts > 0, rates) for said in of_genes]
+        seeds[name] = [parts["all"].mean for parts in squared]
+        errors[name] = mean_of_seeds(squared)
+        deviance[name] = mean_of_seeds(
+            [
+                metrics.poisson_deviance(
+                    counts, said, mask, counts > 0, rates, total=held.total, target_sum=held.target_sum
+                )
+                for said in of_genes
+            ]
         )
-        for name, prediction in predictions.items()
-    }
-    for name, prediction in predictions.items():
-        rows[name] = {
+        rank[name] = float(np.mean([metrics.gene_spearman(target, said, mask).mean for said in of_genes]))
+    return {
+        name: {
             **{part: errors[name][part].mean for part in PARTS},
+            "seeds": seeds[name],
             "skill": metrics.skill(errors[name], errors[REFERENCE]),
-            "spearman": metrics.gene_spearman(target, prediction[:, genes], mask).mean,
+            "spearman": rank[name],
             "deviance_skill": metrics.skill(deviance[name], deviance[REFERENCE])["all"],
             "ratio": {
                 other: metrics.paired_bootstrap(errors[name]["all"], errors[other]["all"], block)._asdict()
@@ -155,13 +168,22 @@ def table(
                 if other != name
             },
         }
-    return rows
+        for name in predictions
+    }
+
+
+def mean_of_seeds(scores: list[dict[str, metrics.CellSums]]) -> dict[str, metrics.CellSums]:
+    """Each cell's error, averaged over the seeds."""
+    return {
+        part: metrics.CellSums(np.mean([score[part].total for score in scores], axis=0), first.weight)
+        for part, first in scores[0].items()
+    }
 
 
 def show(rows: dict[str, Any]) -> None:
     """Print a table."""
     print(
-        f"{'method':<48}{'all':>8}{'non-zero':>10}{'zero':>8}{'inv.rate':>10}"
+        f"{'method':<50}{'all':>8}{'non-zero':>10}{'zero':>8}{'inv.rate':>10}"
         f"{'skill':>8}{'rho':>7}{'dev.':>7}   ratio to mean [95%]"
     )
     for name, row in rows.items():
@@ -170,9 +192,14 @@ def show(rows: dict[str, Any]) -> None:
             f"{paired['ratio']:.3f} [{paired['ratio_low']:.3f}, {paired['ratio_high']:.3f}]" if paired else ""
         )
         print(
-            f"{name[-47:]:<48}"
+            f"{name:<50}"
             + f"{row['all']:8.4f}{row['nonzero']:10.4f}{row['zero']:8.4f}{row['inverse_rate']:10.4f}"
             + f"{row['skill']['all']:8.3f}{row['spearman']:7.3f}{row['deviance_skill']:7.3f}   {interval}"
+            + (
+                f"   seeds {min(row['seeds']):.4f} to {max(row['seeds']):.4f}"
+                if len(row["seeds"]) > 1
+                else ""
+            )
         )
 
 
