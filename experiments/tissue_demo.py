@@ -35,7 +35,7 @@ def recipe() -> RunConfig:
         first,
         name="tissue_demo",
         data=replace(first.data, sample=SampleConfig(neighbours=8), window=16, rungs=3),
-        optimiser=replace(first.optimiser, steps=700, peak_rate=1e-3),
+        optimiser=replace(first.optimiser, steps=700),
         evaluate_every=350,
         checkpoint_every=700,
     )

@@ -19,6 +19,8 @@ from scfm_jax.simulate import SimulationConfig
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.train import train
 
+# Measured once: squared error of targets .511 alone, .453 with neighbours, .588 with those of other cells.
+ALONE, TOGETHER = 1_500, 3_000
 TISSUE = SimulationConfig(
     n_slides=3,
     cells_per_slide=2_000,
