@@ -1,7 +1,7 @@
 """The model of ``make demo``, in two stages: cells alone first, then with their 8 nearest neighbours.
 
 Cells alone are cheap, and what genes say of one another is learnt there; the second stage starts from its
-weights and learns what the neighbours add. On two cores the two together take about three minutes of a demo of four.
+weights and learns what the neighbours add. On two cores the two together take about three minutes.
 """
 
 from dataclasses import replace
