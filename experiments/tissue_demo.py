@@ -10,7 +10,6 @@ from experiments import tissue_real
 from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.loader import DataConfig
 from scfm_jax.data.tokens import SampleConfig
-from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.training.config import RunConfig
 
 
@@ -19,7 +18,7 @@ def alone() -> RunConfig:
     return replace(
         real,
         name="tissue_demo_alone",
-        model=replace(real.model, decoder=TransformerConfig(layers=1, heads=4, width=64)),
+        model=replace(real.model, decoder=replace(real.model.decoder, layers=1)),
         split=SplitConfig(held_out=("slide3",)),
         data=DataConfig(sample=SampleConfig(neighbours=0), batch_size=8, window=8, rungs=2),
         optimiser=replace(real.optimiser, steps=1_200, warmup_steps=50),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +65,11 @@ def main(arguments: Arguments) -> None:
             config.objective,
         ):
             raise SystemExit("the runs differ in split, technologies or objective: compare them apart")
+    alike: dict[str, RunConfig] = {}
+    for run, model in models.items():
+        experiment = replace(model.config, seed=0, corpus="", initial_weights="")
+        if alike.setdefault(without_seed(model.config), experiment) != experiment:
+            raise SystemExit(f"{run} differs from another run in more than the seed: compare them apart")
     split = split_cells(corpus, config.split)
     train, test = select_cells(corpus, split, config)
     if arguments.test_cells:

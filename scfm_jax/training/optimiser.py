@@ -42,7 +42,7 @@ def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransfo
         return jax.tree.map(rule, names, is_leaf=lambda node: isinstance(node, tuple))
 
     rate = learning_rate(config)
-    decays = of_each(lambda logical: sum(name != "layers" for name in logical) >= 2)
+    decays = of_each(lambda logical: len(_own_axes(logical)) >= 2)
     if config.name == "adamw":
         method = optax.adamw(
             rate,
@@ -67,9 +67,14 @@ def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransfo
     return optax.chain(optax.clip_by_global_norm(config.clip), method)
 
 
+def _own_axes(logical: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """Names of a parameter's axes, without that of stacked layers."""
+    return logical[1:] if logical[:1] == ("layers",) else logical
+
+
 def _matrix_axes(logical: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers | None:
     """Rows and columns of what Muon takes; None leaves it to AdamW."""
-    axes = logical[1:] if logical[:1] == ("layers",) else logical
+    axes = _own_axes(logical)
     if len(axes) != 2 or "vocabulary" in axes or axes == (None, None):
         return None
     return optax.contrib.MuonDimensionNumbers(len(logical) - 2, len(logical) - 1)

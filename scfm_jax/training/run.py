@@ -19,7 +19,7 @@ from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import Parameters, abstract
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
-from scfm_jax.training.config import RunConfig, from_dict
+from scfm_jax.training.config import MeshConfig, RunConfig, from_dict
 from scfm_jax.training.mesh import make_mesh, replicated
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.task import model_builder
@@ -114,7 +114,7 @@ def restore_weights(folder: Path, checkpoint: Literal["best", "last"] = "best") 
     config, _ = read_run(folder)
     vocabulary = Vocabulary.read(folder / "vocabulary.json")
     graph, shapes, names = abstract(model_builder(config, len(vocabulary)))
-    place = replicated(make_mesh(type(config.mesh)()))
+    place = replicated(make_mesh(MeshConfig()))
     moments = jax.eval_shape(make_optimiser(config.optimiser, names).init, shapes)
     state = {"parameters": shapes, "optimiser": moments, "step": jax.ShapeDtypeStruct((), np.int32)}
     with Checkpoints(folder / "checkpoints") as checkpoints:

@@ -4,15 +4,17 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, AxisType
 
 from scfm_jax.models.functional import abstract
 from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.models.transformer import TransformerConfig
-from scfm_jax.training.config import MeshConfig, OptimiserConfig
-from scfm_jax.training.mesh import make_mesh
+from scfm_jax.training.config import OptimiserConfig
+from scfm_jax.training.mesh import replicated
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.train import state_shardings
 
+EIGHT = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 SCHEDULE = OptimiserConfig(steps=100, warmup_steps=1, initial_rate=0.1, peak_rate=0.2, epsilon=1e-3)
 
 
@@ -105,16 +107,18 @@ def test_moments_lie_beside_their_parameters() -> None:
         "matrix": jax.ShapeDtypeStruct((8, 4), np.float32),
         "norm": jax.ShapeDtypeStruct((4,), np.float32),
     }
-    mesh = make_mesh(MeshConfig())
     for name, moments in {"adamw": 2 * 3, "muon": 2 + 2 * 1}.items():
         optimiser = make_optimiser(dataclasses.replace(SCHEDULE, name=name), names)
-        state = state_shardings(mesh, optimiser, shapes, names)
-        shape_of = jax.eval_shape(optimiser.init, shapes)
+        state = state_shardings(EIGHT, optimiser, shapes, names)
+        parameters = zip(jax.tree.leaves(shapes), jax.tree.leaves(state["parameters"]), strict=True)
+        of_shape = {leaf.shape: place for leaf, place in parameters}
+        assert len({place.spec for place in of_shape.values()}) == len(shapes)
         found = 0
-        for leaf, place in zip(jax.tree.leaves(shape_of), jax.tree.leaves(state["optimiser"]), strict=True):
-            if leaf.ndim:
-                place.shard_shape(leaf.shape)
-                found += leaf.shape in {(4, 8), (8, 4), (4,)} and place in jax.tree.leaves(
-                    state["parameters"]
-                )
+        leaves = jax.tree.leaves(jax.eval_shape(optimiser.init, shapes))
+        for leaf, place in zip(leaves, jax.tree.leaves(state["optimiser"]), strict=True):
+            if leaf.shape in of_shape:
+                assert place == of_shape[leaf.shape]
+                found += 1
+            else:
+                assert place == replicated(EIGHT)
         assert found == moments
