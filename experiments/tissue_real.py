@@ -2,8 +2,7 @@
 
 About 240,000 parameters without the gene table. Ours rather than published: normalisation by what is visible,
 the slide's median depth as the target sum, no floor under the depth tokens, a value embedding that tells
-values apart from step 0, one bias a gene, a learning rate that suits the size, and a decoder that leaves out
-unexpressed genes from panels of over 512 (of CosMx's 947 about 130 a cell are left).
+values apart from step 0, one bias a gene, and a learning rate that suits the size.
 """
 
 from scfm_jax.corpus.split import SplitConfig
@@ -25,7 +24,7 @@ def recipe() -> RunConfig:
             gene_bias=True,
         ),
         split=SplitConfig(),
-        data=DataConfig(sample=SampleConfig(neighbours=16, panel_limit=512), batch_size=32),
+        data=DataConfig(sample=SampleConfig(neighbours=16), batch_size=32),
         objective=ColumnMaskingConfig(normalise="visible", target_sum="median", depth_floor=None),
         optimiser=OptimiserConfig(
             name="muon", steps=2_000, initial_rate=1e-4, peak_rate=2e-3, final_rate=1e-5, warmup_steps=100
