@@ -49,6 +49,8 @@ class ValueEmbedding(nnx.Module):
     ----------
     bins
         Rows of the table; 100 as published.
+    alpha
+        Weight of h beside its own projection; a constant, 1 as published.
     init
         ``published``: normal 0.02 and zero biases throughout, which starts with every value looking alike.
         ``spread``: the first layer starts with unit weights and biases, so that different values mix
@@ -60,14 +62,15 @@ class ValueEmbedding(nnx.Module):
         bins: int,
         width: int,
         *,
+        alpha: float = 1.0,
         init: ValueInit,
         init_std: float,
-        use_bias: bool = True,
         rngs: nnx.Rngs,
     ) -> None:
         def normal(*shape: int, std: float = init_std) -> Array:
             return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
+        self.alpha = alpha
         first = 1.0 if init == "spread" else init_std
         self.scale = nnx.Param(normal(1, bins, std=first), logical=(None, None))
         self.shift = nnx.Param(
@@ -75,7 +78,6 @@ class ValueEmbedding(nnx.Module):
         )
         self.mix = nnx.Param(normal(bins, bins), logical=(None, None))
         self.mix_bias = nnx.Param(jnp.zeros(bins), logical=(None,))
-        self.alpha = nnx.Param(jnp.ones(()), logical=())
         table_std = 1.0 if init == "spread" else init_std
         self.table = nnx.Param(normal(bins, width, std=table_std), logical=(None, "embed"))
         self.mask = nnx.Param(normal(width), logical=("embed",))
@@ -92,9 +94,7 @@ class ValueEmbedding(nnx.Module):
         """Embed `values`, which are seen in float32 whatever `dtype` the rest computes in."""
         hidden = values.astype(jnp.float32)[..., None] * self.scale[...][0] + self.shift[...]
         hidden = jax.nn.leaky_relu(hidden, 0.1)
-        weights = jax.nn.softmax(
-            self.alpha[...] * hidden + hidden @ self.mix[...] + self.mix_bias[...], axis=-1
-        )
+        weights = jax.nn.softmax(self.alpha * hidden + hidden @ self.mix[...] + self.mix_bias[...], axis=-1)
         embedded = weights.astype(dtype) @ self.table[...].astype(dtype)
         if masked is not None:
             embedded = jnp.where(masked[..., None], self.mask[...].astype(dtype), embedded)

@@ -18,8 +18,8 @@ from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
 from scfm_jax.models.transformer import Transformer, TransformerConfig, make_linear
 
-# Each cell carries two tokens with its read depth, at the two indices after the last gene.
-DEPTH_TOKENS = 2
+# Each cell carries two tokens with its read depth, at the indices after the last gene; padding has the next.
+DEPTH_TOKENS, PAD_TOKENS = 2, 1
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class TissueConfig:
     ----------
     encoder, decoder
         Geometry of the two stacks.
-    bins
-        Bins of the value embedding.
+    bins, bin_alpha
+        Bins of the value embedding, and the weight of its residual path.
     positions
         ``index`` turns queries and keys by gene and cell index; ``coordinates`` by x and y in um from the
         centre.
@@ -47,11 +47,15 @@ class TissueConfig:
         What activations are computed in; parameters, softmax and loss are float32.
     remat
         Recompute layers in the backward pass.
+    attend_padding
+        Let the encoder see padding as the authors' code does: keys of logit 0, with values of their own. A
+        sample then depends on the longest of its batch; for agreement with that code only.
     """
 
     encoder: TransformerConfig
     decoder: TransformerConfig
     bins: int = 100
+    bin_alpha: float = 1.0
     positions: Literal["index", "coordinates"] = "index"
     init_std: float = 0.02
     value_init: ValueInit = "published"
@@ -59,6 +63,7 @@ class TissueConfig:
     attention: AttentionName = "chunked"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    attend_padding: bool = False
 
 
 class TissueModel(nnx.Module):
@@ -79,10 +84,17 @@ class TissueModel(nnx.Module):
     ) -> None:
         dtype, std = jnp.dtype(config.dtype), config.init_std
         wide, narrow = config.encoder, config.decoder
-        self.dtype, self.attention = dtype, config.attention
-        self.gene_embedding = GeneEmbedding(n_genes + DEPTH_TOKENS, wide.width, init_std=std, rngs=rngs)
+        self.dtype, self.attention, self.attend_padding = dtype, config.attention, config.attend_padding
+        self.pad_index = n_genes + DEPTH_TOKENS
+        rows = self.pad_index + PAD_TOKENS
+        self.gene_embedding = GeneEmbedding(rows, wide.width, init_std=std, rngs=rngs)
         self.value_embedding = ValueEmbedding(
-            config.bins, wide.width, init=config.value_init, init_std=std, rngs=rngs
+            config.bins,
+            wide.width,
+            alpha=config.bin_alpha,
+            init=config.value_init,
+            init_std=std,
+            rngs=rngs,
         )
         self.encoder = Transformer(wide, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
         self.decoder_embed = make_linear(
@@ -95,6 +107,15 @@ class TissueModel(nnx.Module):
             rngs=rngs,
         )
         self.decoder = Transformer(narrow, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        # scFoundation's wiring: one more norm after the stack's own, always a LayerNorm.
+        self.decoder_norm = nnx.LayerNorm(
+            narrow.width,
+            epsilon=1e-5,
+            dtype=jnp.float32,
+            scale_metadata={"logical": ("embed",)},
+            bias_metadata={"logical": ("embed",)},
+            rngs=rngs,
+        )
         self.head = make_linear(
             narrow.width,
             1,
@@ -104,11 +125,10 @@ class TissueModel(nnx.Module):
             dtype=jnp.float32,
             rngs=rngs,
         )
-        rows = padded_size(n_genes + DEPTH_TOKENS)
         if config.gene_bias:
-            self.gene_bias = nnx.Param(jnp.zeros(rows), logical=("vocabulary",))
+            self.gene_bias = nnx.Param(jnp.zeros(padded_size(rows)), logical=("vocabulary",))
         if dispersion:
-            self.log_dispersion = nnx.Param(jnp.zeros(rows), logical=("vocabulary",))
+            self.log_dispersion = nnx.Param(jnp.zeros(padded_size(rows)), logical=("vocabulary",))
 
     def encode(
         self,
@@ -130,8 +150,24 @@ class TissueModel(nnx.Module):
         lengths
             Real tokens of each row.
         """
-        x = self.value_embedding(values, dtype=self.dtype) + self.gene_embedding(genes, self.dtype)
-        return self.encoder(x, positions, lengths, implementation=self.attention)
+        return self.encoder(
+            self.embed(genes, values, lengths),
+            positions,
+            lengths,
+            implementation=self.attention,
+            attend_padding=self.attend_padding,
+        )
+
+    def embed(
+        self, genes: Int[Array, "b s"], values: Float[Array, "b s"], lengths: Int[Array, " b"]
+    ) -> Float[Array, "b s d"]:
+        """Tokens as the first layer sees them."""
+        padding = None
+        if self.attend_padding:
+            padding = jnp.arange(genes.shape[1]) >= lengths[:, None]
+            genes = jnp.where(padding, self.pad_index, genes)
+        value = self.value_embedding(values, padding=padding, dtype=self.dtype)
+        return value + self.gene_embedding(genes, self.dtype)
 
     def decode(
         self,
@@ -170,7 +206,7 @@ class TissueModel(nnx.Module):
         x = jnp.where((source >= 0)[..., None], seen, zero)
         x = jnp.where(masked[..., None], mask, x) + self.gene_embedding(genes, self.dtype)
         x = self.decoder(self.decoder_embed(x), positions, lengths, implementation=self.attention)
-        prediction = self.head(x.astype(jnp.float32))[..., 0]
+        prediction = self.head(self.decoder_norm(x.astype(jnp.float32)))[..., 0]
         if hasattr(self, "gene_bias"):
             prediction += self.gene_bias[...][genes]
         return prediction

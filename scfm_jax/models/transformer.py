@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
@@ -123,6 +124,7 @@ class Block(nnx.Module):
         tables: RotaryTables,
         lengths: Int[Array, " b"],
         implementation: AttentionName,
+        attend_padding: bool = False,
     ) -> Float[Array, "b s d"]:
         def heads(y: Float[Array, "bs d"]) -> Float[Array, "b s h e"]:
             return y.reshape(*x.shape[:2], self.heads, -1)
@@ -130,13 +132,12 @@ class Block(nnx.Module):
         # Projections see tokens in one axis: on a CPU the gradient of a weight over two axes costs twice the
         # time.
         y = self.attention_norm(x).reshape(-1, x.shape[-1])
-        mixed = attention(
-            rotate(heads(self.query(y)), tables),
-            rotate(heads(self.key(y)), tables),
-            heads(self.value(y)),
-            lengths,
-            implementation=implementation,
-        )
+        query, key = (rotate(heads(project(y)), tables) for project in (self.query, self.key))
+        if attend_padding:
+            real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
+            query, key = jnp.where(real, query, 0), jnp.where(real, key, 0)
+            lengths = jnp.full_like(lengths, x.shape[1])
+        mixed = attention(query, key, heads(self.value(y)), lengths, implementation=implementation)
         x = x + self.output(mixed.reshape(y.shape)).reshape(x.shape)
         y = self.feed_forward_norm(x).reshape(y.shape)
         return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)).reshape(x.shape)
@@ -178,13 +179,33 @@ class Transformer(nnx.Module):
         lengths: Int[Array, " b"],
         *,
         implementation: AttentionName,
+        attend_padding: bool = False,
     ) -> Float[Array, "b s d"]:
-        """Hidden states of right-padded rows; what stands at the padding is undefined."""
+        """Hidden states of right-padded rows; what stands at the padding is undefined.
+
+        With `attend_padding`, padding is seen: as keys of logit 0.
+        """
+        x, _ = self.layers(
+            x, positions, lengths, implementation=implementation, attend_padding=attend_padding
+        )
+        return self.norm(x)
+
+    def layers(
+        self,
+        x: Float[Array, "b s d"],
+        positions: Float[Array, "b s 2"],
+        lengths: Int[Array, " b"],
+        *,
+        implementation: AttentionName,
+        attend_padding: bool = False,
+        keep: bool = False,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "l b s d"] | None]:
+        """The last layer's output before the final norm, and with `keep` the output of every layer."""
         tables = rotary_tables(positions, self.head_size)
         graph, layers = nnx.split(self.blocks)
 
-        def layer(x: Array, parameters: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, parameters)(x, tables, lengths, implementation), None
+        def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
+            x = nnx.merge(graph, parameters)(x, tables, lengths, implementation, attend_padding)
+            return x, x if keep else None
 
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)
-        return self.norm(x)
+        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)

@@ -76,6 +76,6 @@ def embed_value(value: np.ndarray, parameters: dict[str, Any]) -> np.ndarray:
     for place in np.ndindex(*value.shape):
         hidden = value[place] * parameters["scale"][0] + parameters["shift"]
         hidden = np.where(hidden > 0, hidden, 0.1 * hidden)
-        logits = parameters["alpha"] * hidden + hidden @ parameters["mix"] + parameters["mix_bias"]
+        logits = hidden + hidden @ parameters["mix"] + parameters["mix_bias"]
         out[place] = softmax(logits) @ parameters["table"]
     return out

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from plain_transformer import embed_value, linear, transform
+from plain_transformer import embed_value, linear, normalise, transform
 
 from scfm_jax.models.functional import abstract
 from scfm_jax.models.tissue import TissueConfig, TissueModel
@@ -60,7 +60,10 @@ def test_decode_wiring(randomised: Callable[..., Any]) -> None:
                 content = embed_value(np.zeros(1), value)[0]
             x[row, place] = content + table[genes[row, place]]
     x = transform(linear(x, parameters["decoder_embed"]), parameters["decoder"], positions, lengths, 1)
-    stated = linear(x, parameters["head"])[..., 0] + parameters["gene_bias"][genes]
+    stated = (
+        linear(normalise(x, parameters["decoder_norm"]), parameters["head"])[..., 0]
+        + parameters["gene_bias"][genes]
+    )
 
     mine = jax.jit(lambda p, *given: nnx.merge(graph, p).decode(*given))(
         parameters,
