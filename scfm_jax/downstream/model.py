@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from scfm_jax.data.loader import evaluation_batches
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
+from scfm_jax.models.functional import parameters_hash
 from scfm_jax.training.run import Weights, restore_weights
 
 
@@ -26,10 +26,7 @@ class TrainedModel(Weights):
     @property
     def hash(self) -> str:
         """SHA-256 over the parameters, in the order of their names."""
-        digest = hashlib.sha256()
-        for leaf in jax.tree.leaves(self.parameters):
-            digest.update(np.ascontiguousarray(leaf).tobytes())
-        return digest.hexdigest()
+        return parameters_hash(self.parameters)
 
     @property
     def coordinates(self) -> bool:

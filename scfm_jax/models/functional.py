@@ -5,10 +5,12 @@ Everything outside `models` (jit, optax, Orbax) sees the dict only.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 from flax import nnx
 
 Parameters: TypeAlias = dict[str, Any]
@@ -37,6 +39,14 @@ def abstract(build: Callable[[nnx.Rngs], nnx.Module]) -> tuple[nnx.GraphDef, Par
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     logical = jax.tree.map(names, state, is_leaf=is_variable)
     return graph, nnx.to_pure_dict(state), nnx.to_pure_dict(logical)
+
+
+def parameters_hash(parameters: Parameters) -> str:
+    """SHA-256 over the arrays, in the order of their names."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def count_parameters(parameters: Parameters) -> int:

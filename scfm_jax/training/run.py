@@ -27,8 +27,6 @@ from scfm_jax.training.task import model_builder
 
 def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
     """Make the run directory, or check that it is this run's."""
-    content = {"config": dataclasses.asdict(config), "corpus_hash": corpus.hash}
-    path = folder / "config.json"
     if resume:
         stored, stored_hash = read_run(folder)
         if stored_hash != corpus.hash:
@@ -38,10 +36,16 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
             raise InputError(
                 folder, "was started with another config", "resume without overrides, or start anew"
             )
-    elif path.exists():
+    elif (folder / "config.json").exists():
         raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    describe_run(folder, config, corpus.vocabulary, corpus.hash)
+
+
+def describe_run(folder: Path, config: RunConfig, vocabulary: Vocabulary | None, corpus_hash: str) -> None:
+    """Write what a run directory says of itself: config, vocabulary, environment."""
+    content = {"config": dataclasses.asdict(config), "corpus_hash": corpus_hash}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
     packages = (
         "scfm_jax",
         "jax",
@@ -59,7 +63,8 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
         "devices": [device.device_kind for device in jax.devices()],
         "packages": {name: version(name) for name in packages},
     }
-    corpus.vocabulary.save(folder / "vocabulary.json")
+    if vocabulary is not None:
+        vocabulary.save(folder / "vocabulary.json")
     (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
@@ -109,11 +114,22 @@ def restore_weights(folder: Path, checkpoint: Literal["best", "last"] = "best") 
     Raises
     ------
     InputError
-        No run there, or one without a checkpoint.
+        No run there, one without a checkpoint, or one that was imported without its vocabulary.
     """
     config, _ = read_run(folder)
+    if not (folder / "vocabulary.json").is_file():
+        raise InputError(
+            folder, "does not know its genes (no vocabulary.json)", "import it again with --vocabulary"
+        )
     vocabulary = Vocabulary.read(folder / "vocabulary.json")
-    graph, shapes, names = abstract(model_builder(config, len(vocabulary)))
+    return Weights(config, vocabulary, *restore_parameters(folder, config, len(vocabulary), checkpoint))
+
+
+def restore_parameters(
+    folder: Path, config: RunConfig, n_genes: int, checkpoint: Literal["best", "last"] = "best"
+) -> tuple[nnx.GraphDef, Parameters, int]:
+    """Graph, parameters and step of a run over `n_genes` genes."""
+    graph, shapes, names = abstract(model_builder(config, n_genes))
     place = replicated(make_mesh(MeshConfig()))
     moments = jax.eval_shape(make_optimiser(config.optimiser, names).init, shapes)
     state = {"parameters": shapes, "optimiser": moments, "step": jax.ShapeDtypeStruct((), np.int32)}
@@ -122,4 +138,4 @@ def restore_weights(folder: Path, checkpoint: Literal["best", "last"] = "best") 
         if step is None:
             raise InputError(folder, "has no checkpoint yet", "train it first")
         restored = checkpoints.restore(step, abstract_state(state, jax.tree.map(lambda _: place, state)))
-    return Weights(config, vocabulary, graph, restored["parameters"], step)
+    return graph, restored["parameters"], step
