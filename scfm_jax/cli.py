@@ -285,6 +285,69 @@ def embed(
     )
 
 
+def import_weights(
+    folder: Positional[Path],
+    run: Positional[Path],
+    /,
+    recipe: Path | None = None,
+    vocabulary: Path | None = None,
+    gene_names: Path | None = None,
+) -> None:
+    """Make a run directory from published weights (AIDO.Tissue, a Hugging Face folder).
+
+    Parameters
+    ----------
+    folder
+        config.json and model.safetensors, or pytorch_model.bin.
+    run
+        The run directory to write. Train on from it with --initial_weights.
+    recipe
+        What the weights are for; experiments/tissue_3m.py if not given. The folder decides the encoder's sizes.
+    vocabulary
+        The genes of the weights, in their order (.tsv, .csv, .json). Without it the run can only be exported.
+    gene_names
+        Ensembl id and symbol, .csv or .tsv.
+    """
+    from experiments import tissue_3m
+    from scfm_jax import genes
+    from scfm_jax.export.weights import import_run
+    from scfm_jax.training.config import load_recipe
+
+    names = genes.read_gene_names(gene_names) if gene_names else None
+    known = genes.Vocabulary.read(vocabulary, gene_names=names) if vocabulary else None
+    imported = import_run(folder, run, load_recipe(recipe) if recipe else tissue_3m.recipe(), known)
+    print(
+        f"{imported:,} parameters imported; the decoder, which is not published, starts from the seed: {run}"
+    )
+
+
+def export_weights(
+    run: Positional[Path],
+    folder: Positional[Path],
+    /,
+    format: Literal["published", "stablehlo"] = "published",
+    licence: str = "unknown",
+) -> None:
+    """Write a run's weights as the authors' code reads them, or its embedding as a function of its own.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    folder
+        A new folder; a model card goes with it.
+    format
+        published: config.json and model.safetensors. stablehlo: the embedding, serialised by jax.export.
+    licence
+        An SPDX identifier for the model card.
+    """
+    from scfm_jax.export.stablehlo import export_embedding
+    from scfm_jax.export.weights import export_run
+
+    write = export_run if format == "published" else export_embedding
+    print(f"{write(run, folder, licence=licence):,} parameters exported: {folder}")
+
+
 def demo(out: Positional[Path | None] = None, /) -> None:
     """Simulate a tissue, pretrain on it, embed and score held-out cells, write a report. Takes minutes.
 
@@ -310,6 +373,8 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "corpus verify": corpus_verify,
     "train": train,
     "embed": embed,
+    "import": import_weights,
+    "export": export_weights,
 }
 
 

@@ -20,9 +20,26 @@ from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.downstream.model import TrainedModel, pooled
 from scfm_jax.errors import InputError
-from scfm_jax.objectives.column_masking import encode, visible_tokens
+from scfm_jax.models.tissue import TissueModel
+from scfm_jax.objectives.column_masking import ColumnMaskingConfig, encode, visible_tokens
 
 Pooling = Literal["mean", "max"]
+
+
+def embed_batch(
+    module: TissueModel,
+    batch: TissueBatch,
+    objective: ColumnMaskingConfig,
+    *,
+    n_genes: int,
+    coordinates: bool,
+    pooling: Pooling,
+) -> Float32[jax.Array, "b d"]:
+    """Embeddings of the centres of a batch: their gene tokens pooled, unmasked, without depth tokens."""
+    tokens = visible_tokens(batch, None, objective, n_genes)
+    hidden = encode(module, batch, tokens, coordinates)
+    centre = (tokens.cells == 0) & (tokens.genes < n_genes)
+    return pooled(hidden.astype(jnp.float32), centre.astype(jnp.float32), pooling)
 
 
 def embed_cells(
@@ -33,7 +50,7 @@ def embed_cells(
     pooling: Pooling = "mean",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float32[np.ndarray, "n d"]:
-    """Embeddings of cells of a corpus: the centre's gene tokens pooled, unmasked, without depth tokens.
+    """Embeddings of cells of a corpus, as `embed_batch` makes them.
 
     Parameters
     ----------
@@ -48,14 +65,17 @@ def embed_cells(
     progress
         Called with the number of cells done and in all.
     """
-    n_genes = len(model.vocabulary)
 
     @jax.jit
     def run(parameters: Any, batch: TissueBatch) -> jax.Array:
-        tokens = visible_tokens(batch, None, model.config.objective, n_genes)
-        hidden = encode(nnx.merge(model.graph, parameters), batch, tokens, model.coordinates)
-        centre = (tokens.cells == 0) & (tokens.genes < n_genes)
-        return pooled(hidden.astype(jnp.float32), centre.astype(jnp.float32), pooling)
+        return embed_batch(
+            nnx.merge(model.graph, parameters),
+            batch,
+            model.config.objective,
+            n_genes=len(model.vocabulary),
+            coordinates=model.coordinates,
+            pooling=pooling,
+        )
 
     embedded = np.empty((len(cells), model.config.model.encoder.width), np.float32)
     done = 0

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from scfm_jax import __version__
-from scfm_jax.training.config import RunConfig
+from scfm_jax.genes import Vocabulary
+from scfm_jax.models.functional import Parameters, count_parameters, parameters_hash
+from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.run import read_run
 
 
-def model_card(
-    config: RunConfig,
-    *,
-    parameters: int,
-    step: int,
-    weights_hash: str,
-    vocabulary: tuple[int, str],
-    corpus_hash: str,
-    metrics: Mapping[str, float],
-    licence: str,
-) -> str:
+def model_card(run: Path, parameters: Parameters, step: int, n_genes: int, licence: str) -> str:
     """Markdown with the front matter that Hugging Face reads.
 
     Parameters
     ----------
-    config
-        Of the run.
-    parameters, step, weights_hash
-        Number of parameters, training step and SHA-256 of the weights.
-    vocabulary
-        Number of genes, and the hash of their list ("" where it is not known).
-    corpus_hash
-        Of what it was trained on; "" for weights that were imported and not trained further.
-    metrics
-        Held-out figures of that step.
+    run
+        The run directory.
+    parameters, step
+        What is exported, and the training step that it is from.
+    n_genes
+        Genes of the vocabulary.
     licence
         An SPDX identifier, or "unknown".
     """
-    n_genes, genes_hash = vocabulary
+    config, corpus_hash = read_run(run)
+    genes = run / "vocabulary.json"
+    genes_hash = Vocabulary.read(genes).hash if genes.is_file() else "not known"
+    rows_of_step = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] == step]
+    metrics = {
+        name: value for row in rows_of_step for name, value in row.items() if name.startswith("held_out")
+    }
     objective, data, split = config.objective, config.data, config.split
     rows: list[tuple[str, Any]] = [
-        ("Model", f"{config.name}, {parameters:,} parameters, step {step:,}"),
-        ("Weights", f"SHA-256 {weights_hash}"),
-        ("Vocabulary", f"{n_genes:,} genes, hash {genes_hash or 'not known'}"),
+        ("Model", f"{config.name}, {count_parameters(parameters):,} parameters, step {step:,}"),
+        ("Weights", f"SHA-256 {parameters_hash(parameters)}"),
+        ("Vocabulary", f"{n_genes:,} genes, hash {genes_hash}"),
         ("Trained on", f"corpus {config.corpus}, hash {corpus_hash}" if corpus_hash else "imported weights"),
         ("Technologies", ", ".join(config.technologies) or "all"),
         (

@@ -28,10 +28,9 @@ from scfm_jax.export.tissue import (
     to_published,
 )
 from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import abstract, count_parameters, initialise, parameters_hash
+from scfm_jax.models.functional import abstract, count_parameters, initialise
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
-from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.run import describe_run, read_run, restore_parameters
 from scfm_jax.training.task import model_builder
@@ -127,7 +126,7 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     InputError
         No run there, or an existing output.
     """
-    config, corpus_hash = read_run(run)
+    config, _ = read_run(run)
     origin: dict[str, Any] | None = None
     verbatim: dict[str, np.ndarray] = {}
     if (run / _ORIGIN).is_file():
@@ -147,24 +146,10 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
         tensors = {
             name if name.startswith(_KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
         }
-    card = model_card(
-        config,
-        parameters=count_parameters(parameters),
-        step=step,
-        weights_hash=parameters_hash(parameters),
-        vocabulary=(n_genes, vocabulary.hash if vocabulary else ""),
-        corpus_hash=corpus_hash,
-        metrics=_held_out(run, step),
-        licence=licence,
-    )
+    card = model_card(run, parameters, step, n_genes, licence)
     with new_folder(folder) as scratch:
         write_folder(scratch, content, tensors, card)
     return sum(tensor.size for tensor in tensors.values())
-
-
-def _held_out(run: Path, step: int) -> dict[str, float]:
-    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] == step]
-    return {name: value for row in rows for name, value in row.items() if name.startswith("held_out")}
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""The embedding of a run as one serialised function, weights inside, for programs without this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import export
+from jaxtyping import Array, Float, Int
+
+from scfm_jax.data.batch import TissueBatch
+from scfm_jax.downstream.embed import embed_batch
+from scfm_jax.export.card import model_card
+from scfm_jax.export.folder import CARD
+from scfm_jax.export.weights import new_folder
+from scfm_jax.models.functional import abstract, count_parameters
+from scfm_jax.training.run import restore_weights
+from scfm_jax.training.task import model_builder
+
+FUNCTION, INPUTS, GENES = "embed.stablehlo", "inputs.json", "vocabulary.json"
+
+
+def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> int:
+    """Write ``embed.stablehlo``, what it takes, the genes, and a model card.
+
+    The function takes ``genes``, ``counts`` and ``cells`` (int32, batch x length: the tokens of a cell and its
+    neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at padding, which is
+    on the right), ``totals`` (int32, batch x cells), ``offsets`` (float32, batch x cells x 2, um) and
+    ``target_sum`` (float32, batch), and gives float32, batch x width. Batch and length are symbolic. It
+    attends plainly: memory grows with the square of the length.
+
+    Returns
+    -------
+    Parameters inside.
+    """
+    weights = restore_weights(run)
+    config, n_genes = weights.config, len(weights.vocabulary)
+    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
+    graph, _, _ = abstract(model_builder(plain, n_genes))
+    cells = config.data.sample.neighbours + 1
+
+    def embed(
+        genes: Int[Array, "b s"],
+        counts: Int[Array, "b s"],
+        cell: Int[Array, "b s"],
+        totals: Int[Array, "b c"],
+        offsets: Float[Array, "b c 2"],
+        target_sum: Float[Array, " b"],
+    ) -> Float[Array, "b d"]:
+        nothing = jnp.zeros((genes.shape[0], 1), jnp.int32) - 1
+        number = jnp.zeros(genes.shape[0], jnp.uint32)
+        batch = TissueBatch(
+            genes=genes,
+            counts=counts,
+            cells=cell,
+            slots=jnp.full_like(genes, -1),
+            totals=totals,
+            offsets=offsets,
+            target_sum=target_sum,
+            decoder_genes=nothing,
+            decoder_counts=nothing,
+            index=number,
+            draw=number,
+            weight=jnp.ones(genes.shape[0]),
+        )
+        return embed_batch(
+            nnx.merge(graph, weights.parameters),
+            batch,
+            config.objective,
+            n_genes=n_genes,
+            coordinates=config.model.positions == "coordinates",
+            pooling="mean",
+        )
+
+    rows, length = export.symbolic_shape("b, s")
+    shapes: dict[str, tuple[tuple[Any, ...], Any]] = {
+        "genes": ((rows, length), jnp.int32),
+        "counts": ((rows, length), jnp.int32),
+        "cells": ((rows, length), jnp.int32),
+        "totals": ((rows, cells), jnp.int32),
+        "offsets": ((rows, cells, 2), jnp.float32),
+        "target_sum": ((rows,), jnp.float32),
+    }
+    function = export.export(jax.jit(embed), platforms=("cpu", "cuda", "tpu"))(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes.values())
+    )
+    described = {
+        name: {"shape": [str(size) for size in shape], "dtype": jnp.dtype(kind).name}
+        for name, (shape, kind) in shapes.items()
+    }
+    with new_folder(folder) as scratch:
+        (scratch / FUNCTION).write_bytes(function.serialize())
+        (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
+        weights.vocabulary.save(scratch / GENES)
+        card = model_card(run, weights.parameters, weights.step, n_genes, licence)
+        (scratch / CARD).write_text(card)
+    return count_parameters(weights.parameters)
