@@ -302,7 +302,7 @@ def import_weights(
     run
         The run directory to write. Train on from it with --initial_weights.
     recipe
-        What the weights are for; experiments/tissue_3m.py if not given. The folder decides the encoder's sizes.
+        What the weights are for; experiments/tissue_3m.py if not given. The folder decides the sizes.
     vocabulary
         The genes of the weights, in their order (.tsv, .csv, .json). Without it the run can only be exported.
     gene_names

@@ -207,22 +207,19 @@ class SampleReader:
     def _cell_tokens(
         self, unique: np.ndarray, inverse: np.ndarray, sample: np.ndarray, cell: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Two depth tokens and the expressed genes of every cell of every sample, in that order."""
+        """The expressed genes and two depth tokens of every cell of every sample, in that order."""
         rows = self.corpus.cells(unique)
         expressed = np.diff(rows.offsets)[inverse]
         ends = np.cumsum(expressed + 2)
         starts = ends - expressed - 2
         total = int(ends[-1]) if len(ends) else 0
         of_cell = np.repeat(np.arange(len(inverse)), expressed + 2)
-        within = np.arange(total) - starts[of_cell] - 2
-        source = np.maximum(rows.offsets[inverse][of_cell] + within, 0)
-        if not len(rows.genes):
-            source = np.zeros(0, np.int64)
-        is_gene = within >= 0
-        genes, counts = np.empty(total, np.int32), np.zeros(total, np.int32)
-        genes[is_gene] = rows.genes[source[is_gene]]
-        counts[is_gene] = rows.counts[source[is_gene]]
-        genes[~is_gene] = self.n_genes + 2 + within[~is_gene]
+        within = np.arange(total) - starts[of_cell]
+        beyond = within - expressed[of_cell]
+        is_gene = beyond < 0
+        source = (rows.offsets[inverse][of_cell] + within)[is_gene]
+        genes, counts = (self.n_genes + beyond).astype(np.int32), np.zeros(total, np.int32)
+        genes[is_gene], counts[is_gene] = rows.genes[source], rows.counts[source]
         return {
             "genes": genes,
             "counts": counts,

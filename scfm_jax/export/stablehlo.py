@@ -28,8 +28,8 @@ FUNCTION, INPUTS, GENES = "embed.stablehlo", "inputs.json", "vocabulary.json"
 def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     """Write ``embed.stablehlo``, what it takes, the genes, and a model card.
 
-    The function takes ``genes``, ``counts`` and ``cells`` (int32, batch x length: the tokens of a cell and its
-    neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at padding, which is
+    The function takes ``genes``, ``counts`` and ``cells`` (int32, batch x length: the tokens of a cell and
+    its neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at padding,
     on the right), ``totals`` (int32, batch x cells), ``offsets`` (float32, batch x cells x 2, um) and
     ``target_sum`` (float32, batch), and gives float32, batch x width. Batch and length are symbolic. It
     attends plainly: memory grows with the square of the length.

@@ -40,6 +40,9 @@ class ColumnMaskingConfig:
     depth_floor
         Lower bound of the depth tokens, in log10 counts: 5 as published, which no cell of a few hundred
         counts reaches; None for none.
+    published_numerics
+        Compute values as the authors' code does: in bfloat16, and divided by the sum of the whole batch
+        (over each cell's place in it). For agreement with that code only: nothing may be masked.
     """
 
     nonzero_rate: float = 0.30
@@ -49,6 +52,7 @@ class ColumnMaskingConfig:
     normalise: Literal["published", "visible"] = "published"
     target_sum: float | Literal["median"] = 10_000.0
     depth_floor: float | None = 5.0
+    published_numerics: bool = False
 
     @property
     def rates(self) -> MaskRates:
@@ -101,22 +105,45 @@ def visible_tokens(
     if config.normalise == "visible":
         totals = jnp.zeros_like(totals).at[rows, cells].add(counts, mode="drop", wrap_negative_indices=False)
     scale = jnp.maximum(totals, 1).astype(jnp.float32)
+    if config.published_numerics:
+        if masked is not None:
+            raise ValueError("published_numerics has no masked form: the authors' code has no training")
+        scale = _batch_sums(counts, cells, totals.shape[1])
     target_sum = (
         batch.target_sum
         if config.target_sum == "median"
         else jnp.full_like(batch.target_sum, config.target_sum)
     )
     of_token = jnp.take_along_axis(scale, jnp.maximum(cells, 0), axis=1)
-    depth = jnp.log10(of_token)
+    depth = _bfloat16(jnp.log10(of_token)) if config.published_numerics else jnp.log10(of_token)
     if config.depth_floor is not None:
         depth = jnp.maximum(depth, config.depth_floor)
-    values = jnp.where(genes >= n_genes, depth, normalised(counts, of_token, target_sum[:, None]))
+    scaled = _normalised_bfloat16 if config.published_numerics else normalised
+    values = jnp.where(genes >= n_genes, depth, scaled(counts, of_token, target_sum[:, None]))
     return Visible(genes, values, cells, slots, keep.sum(1), scale, target_sum)
 
 
 def normalised(counts: Array, total: Array, target_sum: Array) -> Array:
     """``log1p(counts / total * target_sum)``, at most 20, float32."""
     return jnp.minimum(jnp.log1p(counts.astype(jnp.float32) / total * target_sum), MAX_VALUE)
+
+
+def _bfloat16(x: Array) -> Array:
+    """float32 rounded to what bfloat16 can hold, which no compiler may skip."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _batch_sums(counts: Int[Array, "b s"], cells: Int[Array, "b s"], n_cells: int) -> Float[Array, "b c"]:
+    """For each cell's place, the sum over the whole batch of counts as bfloat16, the same in every row."""
+    rounded = _bfloat16(counts.astype(jnp.float32))
+    sums = jnp.zeros(n_cells).at[cells].add(rounded, mode="drop", wrap_negative_indices=False)
+    return jnp.broadcast_to(_bfloat16(sums), (counts.shape[0], n_cells))
+
+
+def _normalised_bfloat16(counts: Array, total: Array, target_sum: Array) -> Array:
+    """`normalised` with every step rounded to bfloat16."""
+    share = _bfloat16(_bfloat16(counts.astype(jnp.float32)) / total)
+    return jnp.minimum(_bfloat16(jnp.log1p(_bfloat16(share * target_sum))), MAX_VALUE)
 
 
 def encode(
