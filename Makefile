@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow parity lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1@\2/p' Makefile | while IFS=@ read -r name what; do \
@@ -19,13 +19,23 @@ test: lint ## lint, then the tests
 test-slow: $(INSTALLED) ## the tests that take minutes
 	$(BIN)/pytest -m slow
 
+# The authors' code wants lightning and peft, which what we import of it does not: hence --no-deps.
+parity: .venv-parity/.installed ## against the authors' code, in an environment of its own (torch)
+	.venv-parity/bin/pytest tests/parity
+
+.venv-parity/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --editable '.[test,parity]'
+	.venv-parity/bin/python -m pip install --quiet --no-deps modelgenerator==0.1.3.post0
+	@touch $@
+
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
 clean: ## remove .venv and what tools left; runs/ stays
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A dot is a package found or fetched. pip says why it fails on standard error; that it succeeded, on its last line.
