@@ -176,11 +176,7 @@ def test_bad_folder_is_one_line_and_nothing_is_written(
     before = sorted(tmp_path.iterdir())
     assert main(["import", str(tmp_path / "published"), str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert (
-        said.count("\n") == 1
-        and said.startswith("scfm: ")
-        and message in said
-    )
+    assert said.count("\n") == 1 and said.startswith("scfm: ") and message in said
     assert sorted(tmp_path.iterdir()) == before
 
 

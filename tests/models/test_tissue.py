@@ -6,12 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from plain_transformer import embed_value, linear, normalise, transform
 
-from scfm_jax.models.functional import abstract
+from experiments import tissue_3m, tissue_60m
+from scfm_jax.models.functional import abstract, count_parameters
 from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.models.transformer import TransformerConfig
+from scfm_jax.training.task import model_builder
 
 N_GENES = 10
 CONFIG = TissueConfig(
@@ -94,3 +97,15 @@ def test_optional_parameters_are_there_only_where_asked() -> None:
     _, asked, _ = abstract(lambda rngs: TissueModel(CONFIG, N_GENES, dispersion=True, rngs=rngs))
     assert asked.keys() - few.keys() == {"gene_bias", "log_dispersion"}
     assert asked["gene_bias"].shape == asked["log_dispersion"].shape == (128,)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "encoder_side", "whole"),
+    [(tissue_3m, 3_294_332, 3_709_789), (tissue_60m, 47_832_700, 60_721_981)],
+    ids=["3m", "60m"],
+)
+def test_parameters_of_the_published_sizes(recipe: Any, encoder_side: int, whole: int) -> None:
+    """19,264 genes, feed-forward of 8/3 of the width (ours); the table's padding rows count."""
+    _, shapes, _ = abstract(model_builder(recipe.recipe(), 19_264))
+    published = {name: shapes[name] for name in ("gene_embedding", "value_embedding", "encoder")}
+    assert (count_parameters(published), count_parameters(shapes)) == (encoder_side, whole)
