@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,17 +78,15 @@ def authors(module: str) -> ModuleType:
 @cache
 def process_input() -> Callable[..., Any]:
     """The authors' ``_process_input``, a function of (self, counts), taken out of the module by its name."""
-    names: dict[str, Any] = {"torch": torch, "Tensor": torch.Tensor, "Optional": Any}
-    for name, place in (("gather_data", "."), ("_process_input", "backbones/backbones.py")):
-        path = _wheel() / place
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text())))
+    names: dict[str, Any] = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Optional": Any}
+    wanted = {"next_16x": "data/data.py", "gather_data": "data/data.py", "_process_input": "backbones/backbones.py"}
+    for name, file in wanted.items():
         found = next(
             node
-            for node in nodes
+            for node in ast.walk(ast.parse((_wheel() / file).read_text()))
             if isinstance(node, ast.FunctionDef)
             and node.name == name
-            and (name == "gather_data" or "rope2d_use_xy" in ast.unparse(node))
+            and (name != "_process_input" or "rope2d_use_xy" in ast.unparse(node))
         )
         exec(compile(ast.Module([found], []), name, "exec"), names)
     return names["_process_input"]
