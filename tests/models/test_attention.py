@@ -86,3 +86,19 @@ def test_unknown_implementation_is_an_error() -> None:
     x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(ValueError, match=r"'fast' is not one of \['chunked', 'plain'\]"):
         attention(x, x, x, jnp.asarray([2]), implementation="fast")
+
+
+@pytest.mark.parametrize(("implementation", "least", "most"), [("chunked", 3.5, 4.5), ("plain", 12, 18)])
+def test_memory_of_four_times_the_length(implementation: str, least: float, most: float) -> None:
+    """What XLA plans for forward and backward: linear in the length by chunks, else its square."""
+
+    def planned(length: int) -> int:
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            lengths = jnp.full(1, length - 1)
+            return (attention(q, k, v, lengths, implementation=implementation) ** 2).sum()
+
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(shape, shape, shape).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    assert least < planned(8_192) / planned(2_048) < most

@@ -104,3 +104,25 @@ def test_the_authors_class_loads_what_we_trained(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "published" / "model.safetensors")
     theirs = hidden(load_strictly(tmp_path / "published", tensors), values, positions).numpy()
     assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": print}, "is not plain weights"),
+        ({"state_dict": {"weight": torch.zeros(1)}}, "holds more than tensors by name"),
+        (torch.zeros(3), "holds more than tensors by name"),
+    ],
+    ids=["code", "nested", "a tensor"],
+)
+def test_a_pickle_of_more_than_weights_is_one_line(
+    tmp_path: Path, content: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published = tmp_path / "published"
+    GEOMETRY.build().save_pretrained(published)
+    (published / "model.safetensors").unlink()
+    torch.save(content, published / "pytorch_model.bin")
+    assert main(["import", str(published), str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"pytorch_model.bin: {message}" in said
+    assert not (tmp_path / "run").exists()
