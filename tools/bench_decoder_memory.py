@@ -2,8 +2,8 @@
 
     python tools/bench_decoder_memory.py [--lengths 2408 4816 9633 19266] --json OUT.json
 
-The decoder of AIDO.Tissue-3M over one cell, float32: with ``plain`` attention the scores of all pairs are held, with
-``chunked`` those of one chunk of queries. A slope is that of log memory in log length: 1 is linear, 2 a square.
+The decoder of AIDO.Tissue-3M over one cell, float32: ``plain`` attention holds the scores of all pairs,
+``chunked`` those of one chunk of queries. A slope is that of log memory in log length: 1 is linear.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def temporary_bytes(attention: AttentionName, rows: int, length: int) -> int:
         jax.ShapeDtypeStruct((rows, length, 2), jnp.float32),
         jax.ShapeDtypeStruct((rows,), jnp.int32),
     )
-    compiled = jax.jit(jax.grad(loss)).lower(shapes, *inputs).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
+    planned = jax.jit(jax.grad(loss)).lower(shapes, *inputs).compile().memory_analysis()
+    assert planned is not None
+    return int(planned.temp_size_in_bytes)
 
 
 def main(arguments: Arguments) -> None:
@@ -68,7 +69,8 @@ def main(arguments: Arguments) -> None:
             taken[name].append(temporary_bytes(name, arguments.rows, length))
         print(f"{length:>8,}" + "".join(f"{taken[name][-1] / GIB:16.2f}" for name in names))
     slopes = {
-        name: float(np.polyfit(np.log(arguments.lengths), np.log(sizes), 1)[0]) for name, sizes in taken.items()
+        name: float(np.polyfit(np.log(arguments.lengths), np.log(sizes), 1)[0])
+        for name, sizes in taken.items()
     }
     print(f"{'slope':>8}" + "".join(f"{slopes[name]:16.2f}" for name in names))
     if arguments.json:

@@ -79,7 +79,11 @@ def authors(module: str) -> ModuleType:
 def process_input() -> Callable[..., Any]:
     """The authors' ``_process_input``, a function of (self, counts), taken out of the module by its name."""
     names: dict[str, Any] = {"torch": torch, "math": math, "Tensor": torch.Tensor, "Optional": Any}
-    wanted = {"next_16x": "data/data.py", "gather_data": "data/data.py", "_process_input": "backbones/backbones.py"}
+    wanted = {
+        "next_16x": "data/data.py",
+        "gather_data": "data/data.py",
+        "_process_input": "backbones/backbones.py",
+    }
     for name, file in wanted.items():
         found = next(
             node
