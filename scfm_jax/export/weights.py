@@ -28,7 +28,7 @@ from scfm_jax.export.tissue import (
     to_published,
 )
 from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import abstract, count_parameters, initialise
+from scfm_jax.models.functional import abstract, initialise
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.optimiser import make_optimiser
@@ -60,7 +60,7 @@ def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabular
 
     Returns
     -------
-    Parameters that were imported.
+    Parameters that were imported, padding in memory not counted.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabular
         save_file(verbatim, scratch / _VERBATIM)
         with Checkpoints(scratch / "checkpoints") as checkpoints:
             checkpoints.save(0, state)
-    return count_parameters(published)
+    return sum(source.tensors[name].size for name in own)
 
 
 def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
@@ -119,7 +119,7 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
 
     Returns
     -------
-    Parameters that were exported.
+    Parameters that were exported; what was only kept is not counted.
 
     Raises
     ------
@@ -136,6 +136,7 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     n_genes = len(vocabulary) if vocabulary else origin["n_genes"] if origin else 0
     _, parameters, step = restore_parameters(run, config, n_genes)
     tensors = to_published(parameters, config.model, n_genes)
+    exported = sum(x.size for name, x in tensors.items() if not name.endswith(INVERSE_FREQUENCIES))
     if origin:
         dtypes = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in origin["dtypes"].items()}
         tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()} | verbatim
@@ -149,7 +150,7 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     card = model_card(run, parameters, step, n_genes, licence)
     with new_folder(folder) as scratch:
         write_folder(scratch, content, tensors, card)
-    return sum(tensor.size for tensor in tensors.values())
+    return exported
 
 
 @contextmanager

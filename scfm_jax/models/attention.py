@@ -116,7 +116,7 @@ def _one_row_backward(
     along = (upstream.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1)[:, None]
     denominator, scale = log_total.swapaxes(1, 2), query.shape[-1] ** -0.5
 
-    def one_chunk(of_query: Array, part: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def one_chunk(of_query: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
         keys, values, real = part
         scores = jnp.einsum("hkd,hqd->hkq", keys, query, preferred_element_type=jnp.float32)
         weights = jnp.exp(jnp.where(real, scores * scale, -jnp.inf) - denominator)

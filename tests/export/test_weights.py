@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from experiments import tissue_3m
+from experiments import tissue_3m, tissue_60m
 from scfm_jax.cli import main
 from scfm_jax.errors import InputError
 from scfm_jax.export.tissue import published_config, published_shapes
@@ -54,8 +55,10 @@ def write(folder: Path, recipe: RunConfig, dtype: str, prefix: str) -> dict[str,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_round_trip_is_identical(recipe: RunConfig, tmp_path: Path, dtype: str, prefix: str) -> None:
     tensors = write(tmp_path / "published", recipe, dtype, prefix)
-    import_run(tmp_path / "published", tmp_path / "run", recipe)
-    export_run(tmp_path / "run", tmp_path / "again", licence="mit")
+    imported = import_run(tmp_path / "published", tmp_path / "run", recipe)
+    assert export_run(tmp_path / "run", tmp_path / "again", licence="mit") == imported
+    shapes = published_shapes(recipe.model, N_GENES)
+    assert imported == sum(np.prod(s) for name, s in shapes.items() if not name.endswith("inv_freq"))
     back = load_file(tmp_path / "again" / "model.safetensors")
     assert set(back) == set(tensors)
     for name, tensor in tensors.items():
@@ -106,6 +109,15 @@ def json_model(run: Path) -> object:
     from scfm_jax.training.run import read_run
 
     return read_run(run)[0].model
+
+
+@pytest.mark.parametrize(
+    ("published", "count"), [(tissue_3m, 3_286_524), (tissue_60m, 47_801_468)], ids=["3m", "60m"]
+)
+def test_parameters_of_a_published_folder(published: ModuleType, count: int) -> None:
+    """19,264 genes, feed-forward of 8/3 of the width (ours), frequencies not counted."""
+    shapes = published_shapes(published.recipe().model, 19_264)
+    assert sum(np.prod(s) for name, s in shapes.items() if not name.endswith("inv_freq")) == count
 
 
 def damaged(
