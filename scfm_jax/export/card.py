@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from scfm_jax import __version__
+from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import Parameters, count_parameters, parameters_hash
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.run import read_run
 
 
-def model_card(run: Path, parameters: Parameters, step: int, n_genes: int, licence: str) -> str:
+def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, digest: str) -> str:
     """Markdown with the front matter that Hugging Face reads.
 
     Parameters
     ----------
     run
         The run directory.
-    parameters, step
-        What is exported, and the training step that it is from.
+    step
+        The training step of what is exported.
     n_genes
         Genes of the vocabulary.
     licence
         An SPDX identifier, or "unknown".
+    exported, digest
+        Number of the parameters that are exported, and their SHA-256.
+
+    Raises
+    ------
+    InputError
+        A licence that is no identifier.
     """
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", licence):
+        raise InputError(licence, "is no licence's identifier (licence)", "give one of SPDX, as apache-2.0")
     config, corpus_hash = read_run(run)
     genes = run / "vocabulary.json"
     genes_hash = Vocabulary.read(genes).hash if genes.is_file() else "not known"
@@ -35,26 +45,29 @@ def model_card(run: Path, parameters: Parameters, step: int, n_genes: int, licen
     }
     objective, data, split = config.objective, config.data, config.split
     rows: list[tuple[str, Any]] = [
-        ("Model", f"{config.name}, {count_parameters(parameters):,} parameters, step {step:,}"),
-        ("Weights", f"SHA-256 {parameters_hash(parameters)}"),
+        ("Parameters", f"{exported:,}, SHA-256 {digest}"),
         ("Vocabulary", f"{n_genes:,} genes, hash {genes_hash}"),
-        ("Trained on", f"corpus {config.corpus}, hash {corpus_hash}" if corpus_hash else "imported weights"),
-        ("Technologies", ", ".join(config.technologies) or "all"),
-        (
-            "Held out",
-            ", ".join(split.held_out) or f"fold {split.fold} of {split.n_folds}, blocks with margin",
-        ),
-        ("Neighbours", data.sample.neighbours),
-        (
-            "Masked",
-            f"{objective.nonzero_rate:.0%} of non-zeros, {objective.zero_rate:.0%} of zeros, by column",
-        ),
-        ("Normalisation", f"{objective.normalise}, target sum {objective.target_sum}"),
-        ("Loss", objective.loss),
         ("Encoder", f"{vars(config.model.encoder)}"),
-        ("Decoder", f"{vars(config.model.decoder)}"),
-        ("Made with", f"scfm_jax {__version__}"),
     ]
+    if corpus_hash:
+        held_out = ", ".join(split.held_out) or f"fold {split.fold} of {split.n_folds}, blocks with margin"
+        rows += [
+            ("Trained on", f"corpus {config.corpus}, hash {corpus_hash}, to step {step:,}"),
+            ("Started from", config.initial_weights or "the seed"),
+            ("Technologies", ", ".join(config.technologies) or "all"),
+            ("Held out", held_out),
+            ("Neighbours", data.sample.neighbours),
+            (
+                "Masked",
+                f"{objective.nonzero_rate:.0%} of non-zeros, {objective.zero_rate:.0%} of zeros, by column",
+            ),
+            ("Normalisation", f"{objective.normalise}, target sum {objective.target_sum}"),
+            ("Loss", objective.loss),
+            ("Decoder in training", f"{vars(config.model.decoder)}"),
+        ]
+    else:
+        rows.append(("Trained on", "imported weights: what they were trained on is not known here"))
+    rows.append(("Made with", f"scfm_jax {__version__}"))
     lines = [
         "---",
         f"license: {licence}",
@@ -62,7 +75,7 @@ def model_card(run: Path, parameters: Parameters, step: int, n_genes: int, licen
         "tags: [single-cell, spatial-transcriptomics]",
         "---",
         "",
-        f"# {config.name}",
+        f"# {config.name if corpus_hash else 'AIDO.Tissue, imported'}",
         "",
         "A cell and its spatial neighbours, pretrained by column masking (AIDO.Tissue).",
         "",

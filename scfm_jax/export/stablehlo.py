@@ -18,7 +18,7 @@ from scfm_jax.downstream.embed import embed_batch
 from scfm_jax.export.card import model_card
 from scfm_jax.export.folder import CARD
 from scfm_jax.export.weights import new_folder
-from scfm_jax.models.functional import abstract, count_parameters
+from scfm_jax.models.functional import abstract, count_parameters, parameters_hash
 from scfm_jax.training.run import restore_weights
 from scfm_jax.training.task import model_builder
 
@@ -93,10 +93,11 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
         name: {"shape": [str(size) for size in shape], "dtype": jnp.dtype(kind).name}
         for name, (shape, kind) in shapes.items()
     }
+    inside = count_parameters(weights.parameters)
+    card = model_card(run, weights.step, n_genes, licence, inside, parameters_hash(weights.parameters))
     with new_folder(folder) as scratch:
         (scratch / FUNCTION).write_bytes(function.serialize())
         (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
         weights.vocabulary.save(scratch / GENES)
-        card = model_card(run, weights.parameters, weights.step, n_genes, licence)
         (scratch / CARD).write_text(card)
-    return count_parameters(weights.parameters)
+    return inside

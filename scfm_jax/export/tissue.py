@@ -8,6 +8,7 @@ embedding, gene table and encoder. Decoder weights were never released. Linear w
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,20 @@ _FIXED = {
     "seq_len_interpolation_factor": None,
     "is_decoder": False,
 }
+# Type and default of what is read; sizes and widths have no default.
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    "num_hidden_layers": (int, None),
+    "num_attention_heads": (int, None),
+    "hidden_size": (int, None),
+    "intermediate_size": (int, None),
+    "max_position_embeddings": (int, None),
+    "normalization_type": (str, "RMSNorm"),
+    "layer_norm_eps": ((int, float), 1e-5),
+    "add_linear_bias": (bool, True),
+    "bin_num": (int, 100),
+    "bin_alpha": ((int, float), 1.0),
+    "initializer_range": ((int, float), 0.02),
+}
 _NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 
 
@@ -186,33 +201,46 @@ def tissue_config(content: dict[str, Any], decoder_layers: int, where: str) -> t
                 f"the field {field!r} is {content[field]!r}",
                 f"only {value!r} is known to this version",
             )
+    fields = {name: _checked(content, name, where) for name in _FIELDS}
     try:
-        norm = content.get("normalization_type", "RMSNorm")
         encoder = TransformerConfig(
-            layers=int(content["num_hidden_layers"]),
-            heads=int(content["num_attention_heads"]),
-            width=int(content["hidden_size"]),
-            hidden=int(content["intermediate_size"]),
-            norm=_NORMS[norm],  # type: ignore[arg-type]
-            norm_epsilon=float(content.get("layer_norm_eps", 1e-5)),
-            use_bias=bool(content.get("add_linear_bias", True)),
+            layers=fields["num_hidden_layers"],
+            heads=fields["num_attention_heads"],
+            width=fields["hidden_size"],
+            hidden=fields["intermediate_size"],
+            norm=_NORMS[fields["normalization_type"]],  # type: ignore[arg-type]
+            norm_epsilon=fields["layer_norm_eps"],
+            use_bias=fields["add_linear_bias"],
         )
-        n_genes = int(content["max_position_embeddings"])
     except KeyError as error:
         raise InputError(
-            where, f"lacks or does not know {error}", "give the published config.json"
+            where, f"the field 'normalization_type' is {error}", f"it is one of {', '.join(_NORMS)}"
         ) from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise InputError(where, str(error), "give the published config.json") from error
-    decoder = TransformerConfig(**{**vars(encoder), "layers": decoder_layers})
     config = TissueConfig(
         encoder=encoder,
-        decoder=decoder,
-        bins=int(content.get("bin_num", 100)),
-        bin_alpha=float(content.get("bin_alpha", 1.0)),
-        init_std=float(content.get("initializer_range", 0.02)),
+        decoder=replace(encoder, layers=decoder_layers),
+        bins=fields["bin_num"],
+        bin_alpha=float(fields["bin_alpha"]),
+        init_std=fields["initializer_range"],
     )
-    return config, n_genes
+    return config, fields["max_position_embeddings"]
+
+
+def _checked(content: dict[str, Any], name: str, where: str) -> Any:
+    """A field of the published config, of the type that it must have, or its default."""
+    kind, default = _FIELDS[name]
+    if name not in content and default is not None:
+        return default
+    value: Any = content.get(name)
+    fits = isinstance(value, kind) and not (kind is not bool and isinstance(value, bool))
+    if fits and kind in (int, (int, float)) and name != "bin_alpha":
+        fits = bool(0 < value < float("inf"))
+    if not fits or value != value:
+        said = f"the field {name!r} is {value!r}" if name in content else f"lacks the field {name!r}"
+        raise InputError(where, said, "give the published config.json")
+    return value
 
 
 def published_config(config: TissueConfig, n_genes: int, dtype: str) -> dict[str, Any]:

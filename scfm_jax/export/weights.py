@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from scfm_jax.errors import InputError
 from scfm_jax.export.card import model_card
-from scfm_jax.export.folder import PREFIX, check_tensors, read_folder, write_folder
+from scfm_jax.export.folder import KEPT, PREFIX, check_tensors, read_folder, write_folder
 from scfm_jax.export.tissue import (
     INVERSE_FREQUENCIES,
     from_published,
@@ -28,7 +30,7 @@ from scfm_jax.export.tissue import (
     to_published,
 )
 from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import abstract, initialise
+from scfm_jax.models.functional import abstract, initialise, parameters_hash
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.optimiser import make_optimiser
@@ -37,15 +39,14 @@ from scfm_jax.training.task import model_builder
 
 # What a run directory keeps of the folder it came from: all that our parameters do not hold.
 _ORIGIN, _VERBATIM = "published.json", "published.safetensors"
-_KEPT = ("cls.",)
 
 
 def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabulary | None = None) -> int:
     """Make a run directory at step 0 from a folder of published weights.
 
     The encoder's geometry comes from the folder and replaces the recipe's; the decoder, which no published
-    folder holds, starts from the recipe's seed, as wide as the encoder where the recipe's encoder and decoder
-    are alike. Weights become float32; the folder's dtypes are remembered.
+    folder holds, starts from the recipe's seed, with the encoder's geometry and as many layers as the recipe
+    says. Weights become float32; the folder's dtypes are remembered.
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabular
         init_std=model.init_std,
     )
     shapes = published_shapes(model, n_genes)
-    check_tensors(source, shapes, optional=(INVERSE_FREQUENCIES,), kept=_KEPT)
+    check_tensors(source, shapes, optional=(INVERSE_FREQUENCIES,))
     if vocabulary is not None and len(vocabulary) != n_genes:
         raise InputError(
             folder,
@@ -130,13 +131,22 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     origin: dict[str, Any] | None = None
     verbatim: dict[str, np.ndarray] = {}
     if (run / _ORIGIN).is_file():
-        origin, verbatim = json.loads((run / _ORIGIN).read_text()), load_file(run / _VERBATIM)
+        try:
+            origin, verbatim = json.loads((run / _ORIGIN).read_text()), load_file(run / _VERBATIM)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise InputError(
+                run, f"what it was imported from cannot be read ({error})", "import it again"
+            ) from error
     genes = run / "vocabulary.json"
     vocabulary = Vocabulary.read(genes) if genes.is_file() else None
+    if not vocabulary and not origin:
+        raise InputError(run, "does not know its genes (no vocabulary.json)", "train or import it again")
     n_genes = len(vocabulary) if vocabulary else origin["n_genes"] if origin else 0
     _, parameters, step = restore_parameters(run, config, n_genes)
     tensors = to_published(parameters, config.model, n_genes)
-    exported = sum(x.size for name, x in tensors.items() if not name.endswith(INVERSE_FREQUENCIES))
+    weights = {name: x for name, x in sorted(tensors.items()) if not name.endswith(INVERSE_FREQUENCIES)}
+    exported = sum(x.size for x in weights.values())
+    card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights))
     if origin:
         dtypes = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in origin["dtypes"].items()}
         tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()} | verbatim
@@ -145,9 +155,8 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
         content = published_config(config.model, n_genes, "float32")
     if origin and origin["prefixed"]:
         tensors = {
-            name if name.startswith(_KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
+            name if name.startswith(KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
         }
-    card = model_card(run, parameters, step, n_genes, licence)
     with new_folder(folder) as scratch:
         write_folder(scratch, content, tensors, card)
     return exported
@@ -156,11 +165,14 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name when all of it is written, and not at all after an error."""
-    if path.exists():
+    if os.path.lexists(path):
         raise InputError(path, "exists already", "name another folder or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        inside = Path(scratch) / path.name
-        inside.mkdir()
-        yield inside
-        inside.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".scfm.") as scratch:
+            inside = Path(scratch) / path.name
+            inside.mkdir()
+            yield inside
+            inside.rename(path)
+    except OSError as error:
+        raise InputError(path, f"cannot be written ({error})", "name another folder") from error

@@ -66,6 +66,14 @@ class TissueConfig:
     attend_padding: bool = False
 
 
+def meaning(config: TissueConfig) -> dict[str, object]:
+    """What tells one function of the same parameters from another, and no shape shows."""
+    named: dict[str, object] = {"bin_alpha": config.bin_alpha, "positions": config.positions}
+    for name, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        named |= {f"{name}.{field}": getattr(stack, field) for field in ("heads", "norm", "norm_epsilon")}
+    return named
+
+
 class TissueModel(nnx.Module):
     """Encoder, decoder and head.
 

@@ -81,8 +81,14 @@ def read_run(folder: Path) -> tuple[RunConfig, str]:
         raise InputError(
             folder, "is no run directory (no config.json)", "name a folder that scfm train wrote"
         )
-    content = json.loads(path.read_text())
-    return from_dict(RunConfig, content["config"], str(path)), content["corpus_hash"]
+    try:
+        content = json.loads(path.read_text())
+        config, corpus_hash = content["config"], content["corpus_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            path, f"is no run's config ({error!r})", "name a folder that scfm train wrote"
+        ) from error
+    return from_dict(RunConfig, config, str(path)), corpus_hash
 
 
 @dataclass(frozen=True, eq=False)

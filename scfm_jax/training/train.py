@@ -20,6 +20,7 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import abstract, count_parameters, initialise
+from scfm_jax.models.tissue import meaning
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
@@ -79,7 +80,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     like = abstract_state(jax.eval_shape(fresh), shardings)
     initial = None
     if config.initial_weights and not resume:  # before anything is written, so that an error leaves nothing
-        initial = initial_parameters(Path(config.initial_weights), corpus, like["parameters"])
+        initial = initial_parameters(Path(config.initial_weights), config, corpus, like["parameters"])
     open_run(folder, config, corpus, resume=resume)
     with (
         Checkpoints(
@@ -91,7 +92,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
         state = checkpoints.restore(start, like) if start else fresh()
         if config.initial_weights and not start:
             state["parameters"] = initial or initial_parameters(
-                Path(config.initial_weights), corpus, like["parameters"]
+                Path(config.initial_weights), config, corpus, like["parameters"]
             )
         report(
             {
@@ -156,8 +157,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     return step
 
 
-def initial_parameters(folder: Path, corpus: Corpus, like: Any) -> Any:
-    """Parameters of another run's best checkpoint, for the same vocabulary and geometry."""
+def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: Any) -> Any:
+    """Parameters of another run's best checkpoint, for the same vocabulary, geometry and meaning."""
     weights = restore_weights(folder)
     if weights.vocabulary.hash != corpus.vocabulary.hash:
         raise InputError(
@@ -169,6 +170,13 @@ def initial_parameters(folder: Path, corpus: Corpus, like: Any) -> Any:
             folder,
             "has weights of another geometry (initial_weights)",
             "give the model the sizes in its config.json, or start from the seed",
+        )
+    before, now = meaning(weights.config.model), meaning(config.model)
+    if other := [f"model.{name} {value}" for name, value in before.items() if now[name] != value]:
+        raise InputError(
+            folder,
+            f"was trained with {', '.join(other)} (initial_weights)",
+            "set the same, or start from the seed",
         )
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), weights.parameters, like)
 

@@ -171,9 +171,53 @@ BAD = {
         "another shape: encoder.layer.1.attention.self.query.weight (16, 8), not (16, 16)",
     ),
     "NaN": (
-        damaged(lambda folder, tensors, content: tensors.update({QUERY: np.full((16, 16), np.nan)})),
+        damaged(
+            lambda folder, tensors, content: tensors.update({QUERY: np.full((16, 16), np.nan, np.float32)})
+        ),
         "NaN or infinite",
     ),
+    "names of two kinds": (
+        damaged(lambda folder, tensors, content: tensors.update({f"bert.{QUERY}": tensors[QUERY]})),
+        "has names with 'bert.' and without: ",
+    ),
+    "a prefixed cls": (
+        damaged(lambda folder, tensors, content: tensors.update({"bert.cls.x": np.zeros(3, np.float32)})),
+        "has names with 'bert.' and without: ",
+    ),
+    "no weights but integers": (
+        damaged(lambda folder, tensors, content: tensors.update({QUERY: np.zeros((16, 16), np.int8)})),
+        f"neither float32, bfloat16 nor float16: {QUERY} int8",
+    ),
+    "float64": (
+        damaged(lambda folder, tensors, content: tensors.update({QUERY: np.zeros((16, 16))})),
+        f"neither float32, bfloat16 nor float16: {QUERY} float64",
+    ),
+    **{
+        f"{field} {value!r}": (
+            damaged(lambda folder, tensors, content, f=field, v=value: content.update({f: v})),
+            f"the field {field!r} is ",
+        )
+        for field, value in (
+            ("num_hidden_layers", 2.7),
+            ("num_hidden_layers", "2"),
+            ("num_attention_heads", 0),
+            ("intermediate_size", 0),
+            ("hidden_size", True),
+            ("layer_norm_eps", -1.0),
+            ("layer_norm_eps", float("nan")),
+            ("add_linear_bias", "false"),
+            ("bin_num", None),
+            ("bin_alpha", [1]),
+            ("initializer_range", "x"),
+            ("normalization_type", "Batch"),
+        )
+    },
+    "heads that do not divide": (
+        damaged(lambda folder, tensors, content: content.update(num_attention_heads=3)),
+        "width 16 must be a multiple",
+    ),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds no object"),
+    "a deep file": (lambda folder: (folder / "config.json").write_text("[" * 200_000), "is no JSON"),
     "a pickle": (as_pickle({"weights": object}), "pytorch_model.bin: is "),
 }
 
@@ -213,3 +257,45 @@ def test_vocabulary_of_another_length_and_existing_outputs(
 
         open_model(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
+
+
+def test_bad_runs_and_outputs(
+    recipe: RunConfig, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "published", recipe, "float32", "")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    import_run(tmp_path / "published", tmp_path / "run", recipe)
+    shutil.copytree(tmp_path / "run", tmp_path / "torn")
+    (tmp_path / "torn" / "published.json").write_text("{")
+    shutil.copytree(tmp_path / "run", tmp_path / "lost")
+    (tmp_path / "lost" / "published.json").unlink()
+    before = sorted(tmp_path.iterdir())
+    for words, message in (
+        (["export", "published", "out"], "is no run's config"),
+        (["export", "torn", "out"], "cannot be read"),
+        (["export", "lost", "out"], "does not know its genes"),
+        (["export", "run", "file/out"], "cannot be written"),
+        (["export", "run", "link"], "exists already"),
+        (["export", "run", "x" * 300], "cannot be written"),
+        (["import", "published", "file/run"], "cannot be written"),
+        (["import", "file", "new"], "has no config.json"),
+    ):
+        verb, *paths = words
+        assert main([verb, *(str(tmp_path / path) for path in paths)]) == 2, words
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and message in said, (words, said)
+    assert main(["export", str(finished), str(tmp_path / "out"), "--licence", "mit or so"]) == 2
+    assert "no licence's identifier" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_weights_keep_their_meaning_in_training(config: RunConfig, finished: Path, tmp_path: Path) -> None:
+    """The same tensors with other heads or another epsilon are another function."""
+    other = replace(config.model, encoder=replace(config.model.encoder, heads=1, norm_epsilon=0.3))
+    changed = replace(config, model=other, initial_weights=str(finished))
+    with pytest.raises(
+        InputError, match=r"was trained with model.encoder.heads 2, model.encoder.norm_epsilon"
+    ):
+        train(changed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -79,7 +79,7 @@ def test_published_sizes(layers: int, heads: int, width: int, feed_forward: int)
     )
     _, shapes, _ = abstract(lambda rngs: TissueModel(config, 19_264, rngs=rngs))
     layer = 4 * (width + 1) * width + 3 * width * feed_forward + 2 * feed_forward + width + 2 * width
-    genes = 19_328 * width  # 19,266 rows, padded
-    values = 100 + 100 + 100 * 100 + 100 + 1 + 100 * width + 2 * width
-    ends = 2 * width + (width + 1) * width + width + 1
+    genes = 19_328 * width  # 19,267 rows, padded
+    values = 100 + 100 + 100 * 100 + 100 + 100 * width + 2 * width
+    ends = 4 * width + (width + 1) * width + width + 1
     assert count_parameters(shapes) == genes + values + (layers + 2) * layer + ends

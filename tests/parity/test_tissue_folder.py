@@ -106,14 +106,31 @@ def test_the_authors_class_loads_what_we_trained(tmp_path: Path) -> None:
     assert np.linalg.norm(ours - theirs) / np.linalg.norm(theirs) < 1e-5
 
 
+def test_parameters_and_views_of_a_pickle_come_in_as_they_are(tmp_path: Path) -> None:
+    theirs = GEOMETRY.build()
+    theirs.save_pretrained(tmp_path / "published")
+    (tmp_path / "published" / "model.safetensors").unlink()
+    turned = torch.arange(12.0).reshape(3, 4).T
+    state = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers()), "cls.turned": turned}
+    torch.save(state, tmp_path / "published" / "pytorch_model.bin")
+    assert main(["import", str(tmp_path / "published"), str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "again")]) == 0
+    back = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(back) == set(state)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"weight": print}, "is not plain weights"),
         ({"state_dict": {"weight": torch.zeros(1)}}, "holds more than tensors by name"),
         (torch.zeros(3), "holds more than tensors by name"),
+        ({3: torch.zeros(3)}, "holds more than tensors by name"),
+        ({"weight": torch.zeros(3).to_sparse()}, "has a tensor that is no array"),
     ],
-    ids=["code", "nested", "a tensor"],
+    ids=["code", "nested", "a tensor", "a number", "sparse"],
 )
 def test_a_pickle_of_more_than_weights_is_one_line(
     tmp_path: Path, content: Any, message: str, capsys: pytest.CaptureFixture[str]

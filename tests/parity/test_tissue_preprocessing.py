@@ -64,4 +64,4 @@ def test_tokens_positions_and_values(corpus: Corpus, k: int, numerics: str) -> N
     if numerics == "published":
         np.testing.assert_array_equal(values, stated)
     else:
-        np.testing.assert_allclose(values, stated, atol=5e-2, rtol=1e-2)
+        np.testing.assert_allclose(values, stated, rtol=1e-2)
