@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ import numpy as np
 import torch
 import tyro
 from flax import nnx
+
+from scfm_jax.data.batch import TissueBatch
+from scfm_jax.export.tissue import from_published, tissue_config
+from scfm_jax.models.attention import AttentionName
+from scfm_jax.models.functional import abstract
+from scfm_jax.models.tissue import DEPTH_TOKENS, TissueModel
+from scfm_jax.objectives.column_masking import ColumnMaskingConfig, Visible, encode, visible_tokens
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +44,7 @@ class Arguments:
     expressed: int = 150
     """Genes of a cell."""
     repeats: int = 5
-    attention: str = "chunked"
+    attention: AttentionName = "chunked"
     json: Path | None = None
 
 
@@ -51,25 +58,36 @@ def oracle() -> Any:
     return module
 
 
-def sparse_counts(arguments: Arguments, n_genes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Genes, counts [rows, cells, expressed] of random cells, genes ascending, and their totals."""
+def sparse_counts(arguments: Arguments, n_genes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Genes and counts [rows, cells, expressed] of random cells, genes ascending."""
     random = np.random.default_rng(0)
     shape = (arguments.rows, arguments.neighbours + 1, arguments.expressed)
     order = random.random((*shape[:2], n_genes)).argpartition(arguments.expressed, axis=-1)
     genes = np.sort(order[..., : arguments.expressed], axis=-1).astype(np.int32)
-    counts = random.geometric(0.4, shape).astype(np.int32)
-    return genes, counts, counts.sum(-1)
+    return genes, random.geometric(0.4, shape).astype(np.int32)
 
 
-def tokens(genes: np.ndarray, counts: np.ndarray, totals: np.ndarray, n_genes: int) -> tuple[np.ndarray, ...]:
-    """Flat rows of genes, values and cells, two depth tokens a cell, as the published model takes them."""
-    rows, cells, _ = genes.shape
-    depth = np.broadcast_to(np.array([n_genes, n_genes + 1], np.int32), (rows, cells, 2))
-    values = np.log1p(counts / totals[..., None] * 1e4).astype(np.float32)
-    depth_values = np.maximum(np.log10(totals), 5)[..., None].repeat(2, -1).astype(np.float32)
-    cell = np.broadcast_to(np.arange(cells, dtype=np.int32)[:, None], (rows, cells, genes.shape[2] + 2))
-    flat = [np.concatenate([genes, depth], -1), np.concatenate([values, depth_values], -1), cell]
-    return tuple(part.reshape(rows, -1) for part in flat)
+def collated(genes: np.ndarray, counts: np.ndarray, n_genes: int) -> TissueBatch:
+    """The batch that the loader sends: two depth tokens after the genes of each cell, nothing to decode."""
+    rows, cells, expressed = genes.shape
+    depth = np.broadcast_to(np.arange(n_genes, n_genes + DEPTH_TOKENS, dtype=np.int32), (rows, cells, 2))
+    number = np.broadcast_to(np.arange(cells, dtype=np.int32)[:, None], (rows, cells, expressed + 2))
+    flat = np.concatenate([genes, depth], -1).reshape(rows, -1)
+    nothing = np.full((rows, 1), -1, np.int32)
+    return TissueBatch(
+        genes=flat,
+        counts=np.concatenate([counts, np.zeros_like(depth)], -1).reshape(rows, -1),
+        cells=number.reshape(rows, -1),
+        slots=np.full_like(flat, -1),
+        totals=counts.sum(-1, dtype=np.int32),
+        offsets=np.zeros((rows, cells, 2), np.float32),
+        target_sum=np.ones(rows, np.float32),
+        decoder_genes=nothing,
+        decoder_counts=nothing,
+        index=np.zeros(rows, np.uint32),
+        draw=np.zeros(rows, np.uint32),
+        weight=np.ones(rows, np.float32),
+    )
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -79,37 +97,39 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def main(arguments: Arguments) -> None:
-    from scfm_jax.export.tissue import from_published, tissue_config
-    from scfm_jax.models.functional import abstract
-    from scfm_jax.models.tissue import TissueModel
-
     parity = oracle()
     geometry = parity.GEOMETRIES[0]
     n_genes = geometry.genes
     theirs = geometry.build()
     config, _ = tissue_config(geometry.config().to_dict(), 1, "config.json")
-    config = type(config)(**{**vars(config), "attention": arguments.attention})
+    config = replace(config, attention=arguments.attention)
     graph, shapes, _ = abstract(lambda rngs: TissueModel(config, n_genes, rngs=rngs))
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     parameters = {**zeros, **jax.tree.map(jnp.asarray, from_published(tensors, config))}
     raw = sparse_counts(arguments, n_genes)
-    genes, values, cells = tokens(*raw, n_genes)
-    lengths = np.full(arguments.rows, genes.shape[1])
+    batch, objective = collated(*raw, n_genes), ColumnMaskingConfig()
 
     @jax.jit
-    def step(parameters: Any, genes: jax.Array, values: jax.Array, cells: jax.Array) -> Any:
+    def made(batch: TissueBatch) -> dict[str, jax.Array]:
+        return vars(visible_tokens(batch, None, objective, n_genes))
+
+    given = Visible(**made(batch))
+    genes, values, cells = (np.asarray(part) for part in (given.genes, given.values, given.cells))
+
+    @jax.jit
+    def step(parameters: Any, tokens: dict[str, jax.Array]) -> Any:
         def loss(parameters: Any) -> jax.Array:
-            positions = jnp.stack([genes, cells], -1).astype(jnp.float32)
-            return (nnx.merge(graph, parameters).encode(genes, values, positions, lengths) ** 2).mean()
+            hidden = encode(nnx.merge(graph, parameters), batch, Visible(**tokens), coordinates=False)
+            return (hidden**2).mean()
 
         return jax.value_and_grad(loss)(parameters)
 
     def ours_from_tokens() -> float:
-        return float(jax.block_until_ready(step(parameters, genes, values, cells))[0])
+        return float(jax.block_until_ready(step(parameters, vars(given)))[0])
 
     def ours_from_counts() -> float:
-        return float(jax.block_until_ready(step(parameters, *tokens(*raw, n_genes)))[0])
+        return float(jax.block_until_ready(step(parameters, made(collated(*raw, n_genes))))[0])
 
     def theirs_step(values: torch.Tensor, positions: torch.Tensor) -> float:
         theirs.zero_grad(set_to_none=True)
