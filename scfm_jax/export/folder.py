@@ -151,7 +151,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         raise InputError(path, "holds more than tensors by name", "give model.safetensors")
     try:
         return {name: _from_torch(tensor) for name, tensor in content.items()}
-    except (TypeError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, RuntimeError) as error:
         raise InputError(
             path, f"has a tensor that is no array ({_first_line(error)})", "give model.safetensors"
         ) from error

@@ -15,11 +15,11 @@ from jaxtyping import Array, Float, Int
 
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.downstream.embed import embed_batch
+from scfm_jax.downstream.model import open_model
 from scfm_jax.export.card import model_card
 from scfm_jax.export.folder import CARD
 from scfm_jax.export.weights import new_folder
-from scfm_jax.models.functional import abstract, count_parameters, parameters_hash
-from scfm_jax.training.run import restore_weights
+from scfm_jax.models.functional import abstract, count_parameters
 from scfm_jax.training.task import model_builder
 
 FUNCTION, INPUTS, GENES = "embed.stablehlo", "inputs.json", "vocabulary.json"
@@ -38,8 +38,8 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
     -------
     Parameters inside.
     """
-    weights = restore_weights(run)
-    config, n_genes = weights.config, len(weights.vocabulary)
+    model = open_model(run)
+    config, n_genes = model.config, len(model.vocabulary)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
     graph, _, _ = abstract(model_builder(plain, n_genes))
     cells = config.data.sample.neighbours + 1
@@ -69,11 +69,11 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
             weight=jnp.ones(genes.shape[0]),
         )
         return embed_batch(
-            nnx.merge(graph, weights.parameters),
+            nnx.merge(graph, model.parameters),
             batch,
             config.objective,
             n_genes=n_genes,
-            coordinates=config.model.positions == "coordinates",
+            coordinates=model.coordinates,
             pooling="mean",
         )
 
@@ -93,11 +93,11 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
         name: {"shape": [str(size) for size in shape], "dtype": jnp.dtype(kind).name}
         for name, (shape, kind) in shapes.items()
     }
-    inside = count_parameters(weights.parameters)
-    card = model_card(run, weights.step, n_genes, licence, inside, parameters_hash(weights.parameters))
+    inside = count_parameters(model.parameters)
+    card = model_card(run, model.step, n_genes, licence, inside, model.hash)
     with new_folder(folder) as scratch:
         (scratch / FUNCTION).write_bytes(function.serialize())
         (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
-        weights.vocabulary.save(scratch / GENES)
+        model.vocabulary.save(scratch / GENES)
         (scratch / CARD).write_text(card)
     return inside

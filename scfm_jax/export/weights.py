@@ -88,14 +88,14 @@ def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabular
         )
     config = replace(recipe, model=model)
     build = model_builder(config, n_genes)
-    parameters = initialise(build, jax.random.key(config.seed))
     published = jax.tree.map(jnp.asarray, from_published(source.tensors, model))
+    parameters = {**initialise(build, jax.random.key(config.seed)), **published}
     state = {
-        "parameters": {**parameters, **published},
-        "optimiser": make_optimiser(config.optimiser, abstract(build)[2]).init({**parameters, **published}),
+        "parameters": parameters,
+        "optimiser": make_optimiser(config.optimiser, abstract(build)[2]).init(parameters),
         "step": jnp.zeros((), jnp.int32),
     }
-    own = set(shapes) - {name for name in shapes if name.endswith(INVERSE_FREQUENCIES)}
+    own = {name for name in shapes if not name.endswith(INVERSE_FREQUENCIES)}
     origin = {
         "config": source.config,
         "n_genes": n_genes,
@@ -138,10 +138,12 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
                 run, f"what it was imported from cannot be read ({error})", "import it again"
             ) from error
     genes = run / "vocabulary.json"
-    vocabulary = Vocabulary.read(genes) if genes.is_file() else None
-    if not vocabulary and not origin:
+    if genes.is_file():
+        n_genes = len(Vocabulary.read(genes))
+    elif origin:
+        n_genes = origin["n_genes"]
+    else:
         raise InputError(run, "does not know its genes (no vocabulary.json)", "train or import it again")
-    n_genes = len(vocabulary) if vocabulary else origin["n_genes"] if origin else 0
     _, parameters, step = restore_parameters(run, config, n_genes)
     tensors = to_published(parameters, config.model, n_genes)
     weights = {name: x for name, x in sorted(tensors.items()) if not name.endswith(INVERSE_FREQUENCIES)}
@@ -151,12 +153,12 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
         dtypes = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in origin["dtypes"].items()}
         tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()} | verbatim
         content = origin["config"]
+        if origin["prefixed"]:
+            tensors = {
+                name if name.startswith(KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
+            }
     else:
         content = published_config(config.model, n_genes, "float32")
-    if origin and origin["prefixed"]:
-        tensors = {
-            name if name.startswith(KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
-        }
     with new_folder(folder) as scratch:
         write_folder(scratch, content, tensors, card)
     return exported

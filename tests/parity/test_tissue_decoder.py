@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -22,6 +21,12 @@ N_GENES, ROWS, EXPRESSED = 30, 3, 16  # 30 genes and 2 depth tokens: a multiple 
 PLACES = N_GENES + 2
 ENCODER = Geometry("encoder", layers=2, heads=2, width=32, hidden=88, genes=N_GENES)
 DECODER = Geometry("decoder", layers=1, heads=2, width=16, hidden=48, genes=N_GENES)
+CONFIG = TissueConfig(
+    encoder=TransformerConfig(layers=2, heads=2, width=32, hidden=88),
+    decoder=TransformerConfig(layers=1, heads=2, width=16, hidden=48),
+    bins=20,
+    attention="plain",
+)
 
 
 class Stack(torch.nn.Module):
@@ -87,17 +92,11 @@ def run_theirs(model: torch.nn.Module, given: dict[str, np.ndarray]) -> torch.Te
 
 
 def ours(model: torch.nn.Module) -> tuple[Any, Any]:
-    config = TissueConfig(
-        encoder=TransformerConfig(layers=2, heads=2, width=32, hidden=88),
-        decoder=TransformerConfig(layers=1, heads=2, width=16, hidden=48),
-        bins=20,
-        attention="plain",
-    )
-    graph, shapes, _ = abstract(lambda rngs: TissueModel(config, N_GENES, rngs=rngs))
-    return graph, named(dict(model.named_parameters()), config, shapes)
+    graph, shapes, _ = abstract(lambda rngs: TissueModel(CONFIG, N_GENES, rngs=rngs))
+    return graph, named(dict(model.named_parameters()), shapes)
 
 
-def named(tensors: dict[str, torch.Tensor], config: TissueConfig, shapes: Any) -> Any:
+def named(tensors: dict[str, torch.Tensor], shapes: Any) -> Any:
     """scFoundation's parameters by our names."""
     there = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
     table = np.zeros(shapes["gene_embedding"]["table"].shape, np.float32)
@@ -121,9 +120,9 @@ def named(tensors: dict[str, torch.Tensor], config: TissueConfig, shapes: Any) -
             "mask": there["token_emb.emb_mask.weight"][0],
             "pad": there["token_emb.emb_pad.weight"][0],
         },
-        "encoder": stack_from_published(inside("encoder"), config.encoder),
+        "encoder": stack_from_published(inside("encoder"), CONFIG.encoder),
         "decoder_embed": linear("decoder_embed"),
-        "decoder": stack_from_published(inside("decoder"), config.decoder),
+        "decoder": stack_from_published(inside("decoder"), CONFIG.decoder),
         "decoder_norm": {"scale": there["norm.weight"], "bias": there["norm.bias"]},
         "head": linear("to_final"),
     }
@@ -170,15 +169,11 @@ def test_gradients(theirs: torch.nn.Module) -> None:
     mine = jax.grad(lambda p: (decode(nnx.merge(graph, p), given, places) * upstream).sum())(
         jax.tree.map(jnp.asarray, parameters)
     )
-    config = TissueConfig(
-        encoder=TransformerConfig(layers=2, heads=2, width=32, hidden=88),
-        decoder=TransformerConfig(layers=1, heads=2, width=16, hidden=48),
-    )
     slopes = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in theirs.named_parameters()
     }
-    stated = named(slopes, config, abstract(lambda rngs: TissueModel(config, N_GENES, rngs=rngs))[1])
+    stated = named(slopes, abstract(lambda rngs: TissueModel(CONFIG, N_GENES, rngs=rngs))[1])
     whole = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(stated)))
     assert jax.tree.structure(mine) == jax.tree.structure(stated)
     for (path, found), leaf in zip(jax.tree.leaves_with_path(mine), jax.tree.leaves(stated), strict=True):
@@ -206,10 +201,7 @@ def test_chunked_attention_decodes_the_same(theirs: torch.nn.Module) -> None:
 
 
 def test_stack_round_trip(theirs: torch.nn.Module) -> None:
-    geometry = replace(ENCODER)
-    config = TransformerConfig(
-        layers=geometry.layers, heads=geometry.heads, width=geometry.width, hidden=geometry.hidden
-    )
+    config = CONFIG.encoder
     tensors = {name: x.detach().numpy() for name, x in theirs.encoder.inner.named_parameters()}
     back = stack_to_published(stack_from_published(tensors, config), config)
     assert set(back) == set(tensors)

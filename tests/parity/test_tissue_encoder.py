@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -44,7 +45,7 @@ def inputs(geometry: Geometry, seed: int = 0) -> dict[str, np.ndarray]:
 def ours(geometry: Geometry, theirs: torch.nn.Module, **changes: Any) -> tuple[Any, Any]:
     """Graph and parameters: the authors' on the encoder's side, zeros in the decoder."""
     config, n_genes = tissue_config(geometry.config().to_dict(), 1, "config.json")
-    config = type(config)(**{**vars(config), "attention": "plain", **changes})
+    config = replace(config, attention="plain", **changes)
     assert n_genes == geometry.genes
     graph, shapes, _ = abstract(lambda rngs: TissueModel(config, n_genes, rngs=rngs))
     tensors = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
