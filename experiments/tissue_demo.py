@@ -15,10 +15,11 @@ from scfm_jax.training.config import RunConfig
 
 def alone() -> RunConfig:
     real = tissue_real.recipe()
+    model, _, _ = real.tissue()
     return replace(
         real,
         name="tissue_demo_alone",
-        model=replace(real.model, decoder=replace(real.model.decoder, layers=1)),
+        model=replace(model, decoder=replace(model.decoder, layers=1)),
         split=SplitConfig(held_out=("slide3",)),
         data=DataConfig(sample=SampleConfig(neighbours=0), batch_size=8, window=8, rungs=2),
         optimiser=replace(real.optimiser, steps=1_200, warmup_steps=50),

@@ -235,7 +235,9 @@ def embed(
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
     pooling: Literal["mean", "max"] = "mean",
-    key_added: str = "X_tissue",
+    over: Literal["genes", "context", "padding"] = "genes",
+    layer: int | None = None,
+    key_added: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
     json: bool = False,
 ) -> None:
@@ -251,15 +253,19 @@ def embed(
         The new h5ad file.
     pooling
         Over the gene tokens of the cell itself.
+    over
+        Nicheformer: its context tokens too, or padding as well, as the released code pools.
+    layer
+        Nicheformer: of which layer, counted from 0; the last if not given.
     key_added
-        Key in obsm and uns.
+        Key in obsm and uns; X_tissue or X_nicheformer if not given.
     checkpoint
         The best by held-out loss, or the last.
     json
         Print what was done as JSON.
     """
     from scfm_jax.console import Bar
-    from scfm_jax.downstream.embed import embed_file
+    from scfm_jax.downstream.embed import EmbeddingConfig, embed_file
     from scfm_jax.downstream.model import open_model
 
     _cache_compilations()
@@ -269,7 +275,7 @@ def embed(
             model,
             reading.source(file),
             output,
-            pooling=pooling,
+            config=EmbeddingConfig(pooling, over, layer),
             key_added=key_added,
             progress=bar.update,
             **tables.read(),
@@ -281,7 +287,7 @@ def embed(
     print(
         f"{record['cells_embedded']:,} cells embedded "
         f"({record['cells_without_counts']:,} without counts are NaN): "
-        f'{output}, obsm["{key_added}"]'
+        f'{output}, obsm["{record["key"]}"]'
     )
 
 

@@ -11,6 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+# What a family's objective says beside its loss.
+_HELD_OUT_PARTS = {
+    "held_out_nonzero_error": "non-zeros",
+    "held_out_zero_error": "zeros",
+    "held_out_top1_error": "genes not at first guess",
+}
 
 
 class Bar:
@@ -84,10 +90,8 @@ class TrainingBar(Bar):
             )
         elif "held_out_loss" in row:
             self._held_out = f" held-out {row['held_out_loss']:.4f}"
-            self.say(
-                f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f} "
-                f"(non-zeros {row['held_out_nonzero_error']:.4f}, zeros {row['held_out_zero_error']:.4f})"
-            )
+            parts = ", ".join(f"{name} {row[key]:.4f}" for key, name in _HELD_OUT_PARTS.items() if key in row)
+            self.say(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f} ({parts})")
         else:
             note = f"loss {row['loss']:.4f}{self._held_out}  {row['tokens_per_second']:,.0f} tokens/s"
             self.update(row["step"], self._steps, note)

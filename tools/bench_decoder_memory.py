@@ -39,7 +39,7 @@ class Arguments:
 
 def temporary_bytes(attention: AttentionName, rows: int, length: int) -> int:
     """Of the loss and gradient of the decoder's stack, as XLA compiles it for this platform."""
-    config = tissue_3m.recipe().model.decoder
+    config = tissue_3m.recipe().tissue()[0].decoder
 
     def build(rngs: nnx.Rngs) -> Transformer:
         return Transformer(config, init_std=0.02, dtype=jnp.float32, remat=False, rngs=rngs)

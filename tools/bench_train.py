@@ -30,7 +30,7 @@ from rich.table import Table
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
-from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.batch import Batch
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import abstract
 from scfm_jax.training.config import RunConfig, load_recipe, override
@@ -83,7 +83,7 @@ def speed(
     arguments: Arguments, config: RunConfig, corpus: Corpus, cells: Int64[np.ndarray, " n"]
 ) -> dict[str, Any]:
     """Loader and step in turn, window after window, so that whatever else the machine does meets both."""
-    task = make_task(config.model, config, corpus)
+    task = make_task(config, corpus)
     loader, stepper = task.loader(cells, (0, 1)), Stepper(config, task)
     window = config.data.window
     for number in range(FIRST_WINDOW):
@@ -93,11 +93,11 @@ def speed(
         began = time.perf_counter()
         batches = [loader.batch(step) for step in range(number * window, (number + 1) * window)]
         loading = time.perf_counter() - began
-        loader_speed.append(sum(map(real_tokens, batches)) / loading)
+        loader_speed.append(sum(batch.real[0] for batch in batches) / loading)
         for batch in batches:
             fill.add(batch)
         chosen = batches[: arguments.steps]
-        step_speed.append(sum(map(real_tokens, chosen)) / stepper.seconds(chosen))
+        step_speed.append(sum(batch.real[0] for batch in chosen) / stepper.seconds(chosen))
     ratio = [a / b for a, b in zip(loader_speed, step_speed, strict=True)]
 
     table = Table("", "median", "least", "most")
@@ -141,9 +141,7 @@ def padding_per_file(
         figures[name] = {"training_cells": len(own)}
         for number in numbers:
             data = dataclasses.replace(config.data, rungs=number)
-            loader = make_task(config.model, dataclasses.replace(config, data=data), corpus).loader(
-                own, (0, 1)
-            )
+            loader = make_task(dataclasses.replace(config, data=data), corpus).loader(own, (0, 1))
             fill = Fill()
             for step in range(FIRST_WINDOW * data.window, (FIRST_WINDOW + 2) * data.window):
                 fill.add(loader.batch(step))
@@ -168,14 +166,14 @@ class Fill:
         self.shapes: Counter[tuple[int, int]] = Counter()
         self._real, self._computed = np.zeros(2), np.zeros(2)
 
-    def add(self, batch: TissueBatch) -> None:
-        self.shapes[lengths(batch)] += 1
-        self._real += [real_tokens(batch), int(np.sum(batch.decoder_genes >= 0))]
-        self._computed += [batch.cells.size, batch.decoder_genes.size]
+    def add(self, batch: Batch) -> None:
+        self.shapes[batch.static_lengths] += 1
+        self._real += batch.real
+        self._computed += len(batch.weight) * np.array(batch.static_lengths)
 
     @property
     def shares(self) -> tuple[float, float]:
-        """Of the encoder's tokens and of the decoder's."""
+        """Of the encoder's tokens, and of the decoder's or the masked places."""
         encoder, decoder = (self._real / self._computed).tolist()
         return encoder, decoder
 
@@ -198,9 +196,9 @@ class Stepper:
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
         self.compile_seconds: dict[tuple[int, int], float] = {}
 
-    def seconds(self, batches: list[TissueBatch]) -> float:
+    def seconds(self, batches: list[Batch]) -> float:
         """Time that the steps take on batches that lie on the device; compilation is not counted."""
-        ready = [(lengths(batch), to_devices(batch, self._mesh)) for batch in batches]
+        ready = [(batch.static_lengths, to_devices(batch, self._mesh)) for batch in batches]
         for shape, batch in dict(ready).items():
             if shape not in self._compiled:
                 began = time.perf_counter()
@@ -213,15 +211,6 @@ class Stepper:
             self._state, _ = self._compiled[shape](self._state, batch)
         jax.block_until_ready(self._state)
         return time.perf_counter() - began
-
-
-def lengths(batch: TissueBatch) -> tuple[int, int]:
-    """Static lengths of the encoder and of the decoder."""
-    return batch.genes.shape[1], batch.decoder_genes.shape[1]
-
-
-def real_tokens(batch: TissueBatch) -> int:
-    return int(np.sum(batch.cells >= 0))
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

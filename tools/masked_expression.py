@@ -76,9 +76,10 @@ def main(arguments: Arguments) -> None:
         test = subset(test, arguments.test_cells)
     if arguments.train_cells:
         train = subset(train, arguments.train_cells)
-    rates = (config.objective.nonzero_rate, config.objective.zero_rate)
-    seen = masked_expression(corpus, train, config.objective, seed=1)
-    held = masked_expression(corpus, test, config.objective, seed=0)
+    _, _, objective = config.tissue()
+    rates = (objective.nonzero_rate, objective.zero_rate)
+    seen = masked_expression(corpus, train, objective, seed=1)
+    held = masked_expression(corpus, test, objective, seed=0)
     block = split.block[test]
     print(
         f"{len(train):,} training cells, {len(test):,} held-out cells, "
@@ -124,7 +125,7 @@ def without_seed(config: RunConfig) -> str:
     optimiser = config.optimiser
     start = ", from weights" if config.initial_weights else ""
     return (
-        f"{config.name}, k = {config.data.sample.neighbours}, "
+        f"{config.name}, k = {config.tissue()[1].neighbours}, "
         f"{optimiser.steps:,} steps of {config.data.batch_size}{start}"
     )
 

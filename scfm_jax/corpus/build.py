@@ -355,8 +355,6 @@ def _finish(
             "panels": [list(panel) for panel in panels],
             "labels": {label: sorted(values) for label, values in classes.items()},
             "slides": records,
-            # Mean counts of each gene by technology, once they have been computed over the corpus.
-            "technology_means": {},
             "provenance": {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "packages": {name: version(name) for name in packages},

@@ -13,7 +13,7 @@ from typing import Any
 
 from scfm_jax.errors import InputError
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
 REPORT = "report.json"
@@ -88,6 +88,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"schema is {schema}, this scfm_jax reads up to {SCHEMA}",
             "upgrade scfm_jax to read this corpus",
         )
+    if schema < SCHEMA:
+        raise InputError(path, f"schema is {schema}, this scfm_jax reads {SCHEMA}", "build the corpus again")
     if manifest.get("hash") != corpus_hash(manifest):
         raise InputError(
             path, "hash does not fit the rest of the manifest, so it was changed", "build the corpus again"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int, Int32, Int64, Shaped
+from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped
 
 from scfm_jax.corpus.blocks import BlockRing, Blocks, gather
 from scfm_jax.corpus.manifest import REPORT, SLIDE, VOCABULARY, read_manifest
@@ -324,6 +324,21 @@ class Corpus:
         for rows, _, found in self._neighbour_rows("distances", index, k):
             out[rows] = found
         return out
+
+    def technology_means(self, technology: str) -> Float64[np.ndarray, " n_genes"]:
+        """Mean of each gene over a technology's cells that express it, of counts scaled to 10,000 a cell.
+
+        Returns
+        -------
+        NaN where no cell does.
+        """
+        scaled_sum, expressing = np.zeros(len(self.vocabulary)), np.zeros(len(self.vocabulary))
+        for number, slide in enumerate(self.slides):
+            if slide.technology == technology:
+                arrays = self._index(number).arrays
+                scaled_sum[slide.panel] += arrays["scaled_sum"].read().result()
+                expressing[slide.panel] += arrays["expressing"].read().result()
+        return np.divide(scaled_sum, expressing, out=np.full(len(expressing), np.nan), where=expressing > 0)
 
     def _neighbour_rows(
         self, name: str, index: Int[np.ndarray, " n"], k: int

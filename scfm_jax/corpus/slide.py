@@ -15,7 +15,7 @@ from scipy import sparse
 from scfm_jax.corpus.manifest import SLIDE, canonical_json, sha256_bytes, sha256_file
 from scfm_jax.corpus.neighbours import nearest, spacing_warnings
 from scfm_jax.corpus.sources import Source
-from scfm_jax.corpus.store import BLOCK, OVERFLOW, ArrayWriter, gene_layout, write_array
+from scfm_jax.corpus.store import BLOCK, OVERFLOW, SCALED_TOTAL, ArrayWriter, gene_layout, write_array
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_slide(
     of each file.
     """
     source = content.source
-    nnz = _write_counts(folder, rows, content.n_genes)
+    nnz = _write_counts(folder, rows, content)
     write_array(folder, "source_row", "source_row", content.source_row)
     write_array(folder, "total_raw", "total_raw", content.total_raw)
     write_array(folder, "total_matched", "total_matched", content.total_matched)
@@ -102,13 +102,19 @@ def write_slide(
     return slide
 
 
-def _write_counts(folder: Path, rows: Iterable[sparse.csr_array], n_genes: int) -> int:
+def _write_counts(folder: Path, rows: Iterable[sparse.csr_array], content: SlideContent) -> int:
     genes, counts = (
-        ArrayWriter(folder, "genes", gene_layout(n_genes)),
+        ArrayWriter(folder, "genes", gene_layout(content.n_genes)),
         ArrayWriter(folder, "counts", "counts"),
     )
-    lengths, positions, overflow, nnz = [], [], [], 0
+    lengths, positions, overflow, nnz, done = [], [], [], 0, 0
+    scaled_sum, expressing = np.zeros(content.n_genes), np.zeros(content.n_genes, np.int64)
     for band in rows:
+        scale = SCALED_TOTAL / np.maximum(content.total_matched[done : done + band.shape[0]], 1)
+        scaled = band.data * np.repeat(scale, np.diff(band.indptr))
+        scaled_sum += np.bincount(band.indices, scaled, minlength=content.n_genes)
+        expressing += np.bincount(band.indices, minlength=content.n_genes)
+        done += band.shape[0]
         genes.append(band.indices)
         counts.append(np.minimum(band.data, OVERFLOW))
         large = np.flatnonzero(band.data >= OVERFLOW)
@@ -124,6 +130,8 @@ def _write_counts(folder: Path, rows: Iterable[sparse.csr_array], n_genes: int) 
     write_array(folder, "block_starts", "block_starts", np.append(starts[:-1:BLOCK], nnz))
     write_array(folder, "overflow_position", "overflow_position", np.concatenate(positions))
     write_array(folder, "overflow_count", "overflow_count", np.concatenate(overflow))
+    write_array(folder, "scaled_sum", "scaled_sum", scaled_sum[content.panel])
+    write_array(folder, "expressing", "expressing", expressing[content.panel])
     return nnz
 
 

@@ -3,6 +3,8 @@
 One folder a slide. ``genes`` and ``counts`` hold the non-zeros of its cells, cell after cell, genes ascending
 within a cell; ``nnz`` says how many each cell has and ``block_starts`` where each block of `BLOCK` cells
 begins. A count that does not fit 16 bits is stored as `OVERFLOW` and kept in full in the overflow table.
+``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum over its cells of counts
+scaled to 10,000 a cell, and how many cells express it: what technology means are made of.
 Every inner chunk is blosc lz4 with shuffle under a CRC-32C, so a flipped byte is an error when it is read,
 never a wrong count.
 """
@@ -19,6 +21,8 @@ import tensorstore as ts
 
 BLOCK = 64
 OVERFLOW = 65535
+# What the counts of a cell are scaled to where technologies are compared (Nicheformer).
+SCALED_TOTAL = 10_000.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ LAYOUTS = {
     "total_matched": Layout("int32", **_CELLS),
     "source_row": Layout("int64", **_CELLS),
     "label": Layout("int32", **_CELLS),
+    "scaled_sum": Layout("float64", **_CELLS),
+    "expressing": Layout("int64", **_CELLS),
     "neighbours": Layout("int32", **_NEIGHBOURS),
     "distances": Layout("float32", **_NEIGHBOURS),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias, TypeVar, dataclass_transform
 
 import chex
+import numpy as np
 from jaxtyping import Float, Int, UInt32
 
 Array: TypeAlias = Any  # NumPy's on the host, JAX's on the device
@@ -62,3 +63,60 @@ class TissueBatch:
     index: UInt32[Array, " b"]
     draw: UInt32[Array, " b"]
     weight: Float[Array, " b"]
+
+    @property
+    def static_lengths(self) -> tuple[int, int]:
+        """Columns of the encoder's tokens and of the decoded genes."""
+        return self.genes.shape[1], self.decoder_genes.shape[1]
+
+    @property
+    def real(self) -> tuple[int, int]:
+        """How many of both, over all rows, are not padding; on the host."""
+        return int(np.sum(self.cells >= 0)), int(np.sum(self.decoder_genes >= 0))
+
+
+@_batch
+class SentenceBatch:
+    """Fixed-shape sentences: a cell's context tokens and its genes by rank, then its niche's genes by rank.
+
+    Attributes
+    ----------
+    tokens
+        Reserved tokens below 30, genes from 30 onwards; 1 is padding, on the right.
+    positions
+        Rank in the cell's sentence, or in the niche's.
+    segments
+        0 for the cell, 1 for its niche.
+    lengths
+        Real tokens of each row.
+    places
+        Places of the masked tokens, -1 at padding: as many columns as any row has.
+    index
+        The cell's number in the corpus.
+    draw
+        The step of the mask.
+    weight
+        1 for a real sample, 0 for one that fills the last batch of an evaluation.
+    """
+
+    tokens: Int[Array, "b s"]
+    positions: Int[Array, "b s"]
+    segments: Int[Array, "b s"]
+    lengths: Int[Array, " b"]
+    places: Int[Array, "b m"]
+    index: UInt32[Array, " b"]
+    draw: UInt32[Array, " b"]
+    weight: Float[Array, " b"]
+
+    @property
+    def static_lengths(self) -> tuple[int, int]:
+        """Columns of the tokens and of the masked places."""
+        return self.tokens.shape[1], self.places.shape[1]
+
+    @property
+    def real(self) -> tuple[int, int]:
+        """How many of both, over all rows, are not padding; on the host."""
+        return int(np.sum(self.lengths)), int(np.sum(self.places >= 0))
+
+
+Batch: TypeAlias = TissueBatch | SentenceBatch

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -19,11 +20,12 @@ import numpy as np
 from jaxtyping import Int64
 
 from scfm_jax.corpus import BLOCK, Corpus
-from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.batch import Batch
 from scfm_jax.data.ladder import fit_ladder
 from scfm_jax.data.masks import MaskRates
+from scfm_jax.data.ranks import RankConfig, TokenMask
 from scfm_jax.data.stream import ShardStreams
-from scfm_jax.data.tokens import SampleConfig, SampleReader, Samples
+from scfm_jax.data.tokens import Ragged, SampleConfig
 from scfm_jax.errors import InputError
 
 _CALIBRATION_WINDOWS, _CALIBRATION_SEED = 2, 0
@@ -37,7 +39,7 @@ class DataConfig:
     Attributes
     ----------
     sample
-        What a sample holds.
+        What a sample holds: a cell and its neighbours, or a sentence of genes by rank.
     batch_size
         Samples of a step, over all hosts.
     virtual_shards
@@ -55,7 +57,7 @@ class DataConfig:
         Batches made ahead of the step.
     """
 
-    sample: SampleConfig = field(default_factory=SampleConfig)
+    sample: SampleConfig | RankConfig = field(default_factory=SampleConfig)
     batch_size: int = 32
     virtual_shards: int = 1
     window: int = 64
@@ -73,16 +75,37 @@ class DataConfig:
             )
 
 
+class Read(Protocol):
+    """Samples that a reader has read, before they are padded: `Samples`, `Sentences`."""
+
+    tokens: Ragged
+    panel: Int64[np.ndarray, " n"]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "n 2"]: ...
+
+    def collate(self, rows: Int64[np.ndarray, " b"], first: int, second: int, size: int, /) -> Batch: ...
+
+
+class Reader(Protocol):
+    """What reads the samples of a family: `SampleReader`, `RankReader`."""
+
+    @property
+    def longest(self) -> tuple[int, int]: ...
+
+    def read(self, cells: Int64[np.ndarray, " n"], /, *, draw: int, seed: int, rates: Any) -> Read: ...
+
+
 @dataclass
 class _Window:
     """Samples of one window, by virtual shard, and which of them go to which step."""
 
-    samples: list[Samples]
+    samples: list[Read]
     rows: list[list[Int64[np.ndarray, " r"]]]  # [shard][step of the window]
-    lengths: Int64[np.ndarray, "steps 2"]  # longest row of tokens and of decoded genes
+    lengths: Int64[np.ndarray, "steps 2"]  # longest row of each of `lengths`
 
 
-class TissueLoader:
+class Loader:
     """Training batches.
 
     Parameters
@@ -114,7 +137,7 @@ class TissueLoader:
         config: DataConfig,
         *,
         seed: int,
-        rates: MaskRates | None,
+        rates: MaskRates | TokenMask | None,
         host: tuple[int, int] = (0, 1),
     ) -> None:
         if not len(centres):
@@ -130,7 +153,7 @@ class TissueLoader:
         self._rows = config.batch_size // config.virtual_shards
         own = config.virtual_shards // hosts
         self._own = range(number * own, (number + 1) * own)
-        self._reader = SampleReader(corpus, config.sample)
+        self._reader: Reader = config.sample.reader(corpus)
         blocks = block_numbers(corpus, centres)
         self._streams, calibration = (
             ShardStreams(
@@ -148,28 +171,26 @@ class TissueLoader:
                 for number in range(_CALIBRATION_WINDOWS)
             ]
         )
-        self.token_ladder, self.decoder_ladder = (
-            fit_ladder(lengths, n_rungs=rungs, multiple=config.length_multiple, longest=longest)
-            for lengths, rungs, longest in (
-                (observed[:, 0], config.rungs, self._reader.longest),
-                (observed[:, 1], config.rungs, self._reader.longest_decoder),
-            )
-        )
+        self.ladders = [
+            fit_ladder(lengths, n_rungs=config.rungs, multiple=config.length_multiple, longest=longest)
+            for lengths, longest in zip(observed.T, self._reader.longest, strict=True)
+        ]
 
-    def batch(self, step: int) -> TissueBatch:
+    def batch(self, step: int) -> Batch:
         """This host's rows of the batch of `step`, NumPy arrays."""
         number, place = divmod(step, self.config.window)
         window = self._window(number)
-        longest, longest_decoder = window.lengths[place]
-        length = self.token_ladder.rung(int(longest))
-        decoder_length = self.decoder_ladder.rung(int(longest_decoder))
+        first, second = (
+            ladder.rung(int(longest))
+            for ladder, longest in zip(self.ladders, window.lengths[place], strict=True)
+        )
         parts = [
-            window.samples[shard].collate(window.rows[shard][place], length, decoder_length, self._rows)
+            window.samples[shard].collate(window.rows[shard][place], first, second, self._rows)
             for shard in self._own
         ]
         return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
-    def iterate(self, start: int, stop: int) -> Iterator[TissueBatch]:
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps `start` to `stop`, made ahead in a thread (Grain)."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self.config.prefetch)
         steps = grain.MapDataset.source(_Steps(self, stop))[start:]
@@ -193,8 +214,7 @@ class TissueLoader:
             read = self._reader.read(cells, draw=number * steps, seed=seed, rates=self._rates)
             groups = order_by_length(read).reshape(steps, self._rows)
             for place, group in zip(order, groups, strict=True):
-                longest = read.tokens.lengths[group].max(), read.decoder.lengths[group].max()
-                lengths[place] = np.maximum(lengths[place], longest)
+                lengths[place] = np.maximum(lengths[place], read.lengths[group].max(0))
             samples.append(read)
             rows.append([groups[rank] for rank in np.argsort(order)])
         return _Window(samples, rows, lengths)
@@ -203,13 +223,13 @@ class TissueLoader:
 class _Steps:
     """Grain's random-access source whose element t is the batch of step t."""
 
-    def __init__(self, loader: TissueLoader, n_steps: int) -> None:
+    def __init__(self, loader: Loader, n_steps: int) -> None:
         self._loader, self._n_steps = loader, n_steps
 
     def __len__(self) -> int:
         return self._n_steps
 
-    def __getitem__(self, step: int) -> TissueBatch:
+    def __getitem__(self, step: int) -> Batch:
         return self._loader.batch(int(step))
 
 
@@ -219,15 +239,15 @@ def evaluation_batches(
     config: DataConfig,
     *,
     seed: int,
-    rates: MaskRates | None,
+    rates: MaskRates | TokenMask | None,
     draw: int,
-) -> Iterator[tuple[Int64[np.ndarray, " b"], TissueBatch]]:
+) -> Iterator[tuple[Int64[np.ndarray, " b"], Batch]]:
     """Every centre once, in batches of about equal length, with the place of each row in `centres`.
 
     The mask is that of step `draw`, the same at every evaluation. Only the last batch is filled up, with rows
     of weight 0.
     """
-    reader = SampleReader(corpus, config.sample)
+    reader: Reader = config.sample.reader(corpus)
     window = config.window * config.batch_size
     multiple = config.length_multiple
     for start in range(0, len(centres), window):
@@ -235,14 +255,13 @@ def evaluation_batches(
         order = order_by_length(samples)
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
-            length, decoder_length = (
-                _coarse(int(ragged.lengths[rows].max()), multiple)
-                for ragged in (samples.tokens, samples.decoder)
+            first_length, second = (
+                _coarse(int(longest), multiple) for longest in samples.lengths[rows].max(0)
             )
-            yield start + rows, samples.collate(rows, length, decoder_length, config.batch_size)
+            yield start + rows, samples.collate(rows, first_length, second, config.batch_size)
 
 
-def order_by_length(samples: Samples) -> Int64[np.ndarray, " n"]:
+def order_by_length(samples: Read) -> Int64[np.ndarray, " n"]:
     """Samples by panel, and within one by tokens: shortest first and longest first in turn.
 
     Where one panel ends and the next begins, rows of like length meet, and a batch across the border pads

@@ -52,9 +52,27 @@ def mask_bits(
     gene
         Vocabulary indices.
     """
+    return token_bits(seed, step, cell, gene)[0]
+
+
+def token_bits(
+    seed: UInt32[Words, 2],
+    step: UInt32[Words, " n"],
+    cell: UInt32[Words, " n"],
+    gene: Integer[Words, "n g"],
+    *,
+    stream: int = 0,
+) -> tuple[UInt32[Words, "n g"], UInt32[Words, "n g"]]:
+    """Two independent words of each (sample, gene), and others for each `stream`; see `mask_bits`."""
     sample = threefry2x32((seed[:1], seed[1:]), (step, cell))
     genes = gene.astype(np.uint32)
-    return threefry2x32((sample[0][:, None], sample[1][:, None]), (genes, genes ^ genes))[0]
+    counter = (genes, (genes ^ genes) + np.uint32(stream))
+    return threefry2x32((sample[0][:, None], sample[1][:, None]), counter)
+
+
+def under(bits: UInt32[Words, "n g"], rate: float) -> Bool[Words, "n g"]:
+    """Whether uniform bits fall under a rate: ``bits < rate * 2**32``."""
+    return bits < np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 @dataclass(frozen=True)
@@ -77,10 +95,9 @@ def column_mask(
     counts
         The centre's counts; -1 where the gene was not measured, which is never masked.
     rates
-        Compared as ``bits < rate * 2**32``.
+        See `under`.
     """
-    nonzero, zero = (np.uint32(min(round(rate * 2**32), 2**32 - 1)) for rate in (rates.nonzero, rates.zero))
-    return ((counts > 0) & (bits < nonzero)) | ((counts == 0) & (bits < zero))
+    return ((counts > 0) & under(bits, rates.nonzero)) | ((counts == 0) & under(bits, rates.zero))
 
 
 def seed_words(seed: int) -> UInt32[np.ndarray, 2]:

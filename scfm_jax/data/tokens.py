@@ -36,6 +36,15 @@ class SampleConfig:
     decoder: Literal["panel", "vocabulary"] = "panel"
     panel_limit: int = 2_048
 
+    @property
+    def stored_neighbours(self) -> int:
+        """Neighbours that a corpus must hold."""
+        return self.neighbours
+
+    def reader(self, corpus: Corpus) -> SampleReader:
+        """What reads such samples from `corpus`."""
+        return SampleReader(corpus, self)
+
 
 @dataclass
 class Ragged:
@@ -80,6 +89,11 @@ class Samples:
     target_sum: Float32[np.ndarray, " n"]
     index: UInt32[np.ndarray, " n"]
     draw: UInt32[np.ndarray, " n"]
+
+    @property
+    def lengths(self) -> Int64[np.ndarray, "n 2"]:
+        """Of each sample, tokens and decoded genes."""
+        return np.stack([self.tokens.lengths, self.decoder.lengths], axis=1)
 
     def collate(
         self, rows: Int64[np.ndarray, " b"], length: int, decoder_length: int, size: int
@@ -145,15 +159,10 @@ class SampleReader:
         self._slot_tables = [self._slot_table(genes) for genes, _ in self._decoders]
 
     @property
-    def longest(self) -> int:
-        """Upper bound of the tokens of a sample."""
+    def longest(self) -> tuple[int, int]:
+        """Upper bounds of the tokens and of the decoded genes of a sample."""
         genes = max(len(panel) for panel in self._panels)
-        return (self.config.neighbours + 1) * (genes + 2)
-
-    @property
-    def longest_decoder(self) -> int:
-        """Upper bound of the decoded genes of a sample."""
-        return max(len(genes) for genes, _ in self._decoders)
+        return (self.config.neighbours + 1) * (genes + 2), max(len(genes) for genes, _ in self._decoders)
 
     def read(
         self,

@@ -87,7 +87,7 @@ def run_demo(
         notes=[
             f"Trained on {len(split.train):,} cells, scored on {len(split.test):,} cells of the held-out "
             f"slide {slide.name}: {alone.optimiser.steps:,} steps on cells alone, then "
-            f"{config.optimiser.steps:,} with {config.data.sample.neighbours} neighbours.",
+            f"{config.optimiser.steps:,} with {config.tissue()[1].neighbours} neighbours.",
             "Domains share their cell types, so a cell's own expression does not give its domain. The "
             "baseline that adds the neighbours' mean is strong: a model below it has learnt nothing that a "
             "mean does not give.",
@@ -112,7 +112,7 @@ def simulate_corpus(out: Path, simulation: SimulationConfig) -> None:
 
 def score_embeddings(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[dict[str, Probe], Table]:
     """Probes of the domain on embeddings and on linear baselines, training cells to held-out cells."""
-    k = model.config.data.sample.neighbours
+    k = model.config.tissue()[1].neighbours
     train_cells, test_cells = np.sort(split.train), np.sort(split.test)
     codes = corpus.labels(LABEL)[0]
     with Bar("embedding") as bar:
@@ -145,7 +145,7 @@ def score_embeddings(model: TrainedModel, corpus: Corpus, split: Split) -> tuple
 
 def score_expression(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[Predictions, Table]:
     """Masked expression of the held-out cells; baselines learn from training cells of the same panel."""
-    config = model.config.objective
+    _, _, config = model.config.tissue()
     test_cells = np.sort(split.test)
     held = masked_expression(corpus, test_cells, config, seed=0)
     same = [np.array_equal(slide.panel, held.panel) for slide in corpus.slides]

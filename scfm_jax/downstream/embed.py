@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,37 @@ from jaxtyping import Float32, Int64
 
 from scfm_jax import __version__
 from scfm_jax.corpus import Corpus, Source, build_corpus
-from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.batch import SentenceBatch, TissueBatch
+from scfm_jax.data.ranks import FIRST_GENE, PAD
 from scfm_jax.downstream.model import TrainedModel, pooled
 from scfm_jax.errors import InputError
-from scfm_jax.models.tissue import TissueModel
+from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
+from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig, encode, visible_tokens
 
 Pooling = Literal["mean", "max"]
+PoolOver = Literal["genes", "context", "padding"]
+KEYS: dict[type, str] = {TissueConfig: "X_tissue", NicheformerConfig: "X_nicheformer"}
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """How hidden states become a cell's embedding.
+
+    Attributes
+    ----------
+    pooling
+        Mean or maximum over the tokens.
+    over
+        Tokens of the cell itself: its genes; with Nicheformer also its ``context`` tokens, or, as released,
+        ``padding`` as well up to the longest sentence.
+    layer
+        Of Nicheformer's hidden states, counted from 0; the last if not given.
+    """
+
+    pooling: Pooling = "mean"
+    over: PoolOver = "genes"
+    layer: int | None = None
 
 
 def embed_batch(
@@ -42,15 +66,33 @@ def embed_batch(
     return pooled(hidden.astype(jnp.float32), centre.astype(jnp.float32), pooling)
 
 
+def embed_sentences(
+    module: Nicheformer, batch: SentenceBatch, config: EmbeddingConfig, length: int
+) -> Float32[jax.Array, "b d"]:
+    """Embeddings of the cells of a batch of Nicheformer, unmasked; `length` is the longest sentence's."""
+    tokens, positions, segments = batch.tokens, batch.positions, batch.segments
+    if config.over == "padding":
+        tokens = jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=PAD)
+        positions, segments = jnp.broadcast_to(jnp.arange(length), tokens.shape), jnp.zeros_like(tokens)
+    real = jnp.arange(tokens.shape[1]) < batch.lengths[:, None]
+    chosen = {
+        "genes": real & (segments == 0) & (tokens >= FIRST_GENE),
+        "context": real & (segments == 0),
+        "padding": jnp.ones_like(real),
+    }[config.over]
+    hidden = module.encode(tokens, positions, segments, batch.lengths, layer=config.layer)
+    return pooled(hidden.astype(jnp.float32), chosen.astype(jnp.float32), config.pooling)
+
+
 def embed_cells(
     model: TrainedModel,
     corpus: Corpus,
     cells: Int64[np.ndarray, " n"],
     *,
-    pooling: Pooling = "mean",
+    config: EmbeddingConfig = EmbeddingConfig(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float32[np.ndarray, "n d"]:
-    """Embeddings of cells of a corpus, as `embed_batch` makes them.
+    """Embeddings of cells of a corpus, as `embed_batch` or `embed_sentences` makes them.
 
     Parameters
     ----------
@@ -60,30 +102,71 @@ def embed_cells(
         With the model's vocabulary.
     cells
         Cell numbers.
-    pooling
-        Over the centre's gene tokens.
+    config
+        How hidden states become embeddings.
     progress
         Called with the number of cells done and in all.
+
+    Raises
+    ------
+    InputError
+        A choice that the model's family does not have.
     """
-
-    @jax.jit
-    def run(parameters: Any, batch: TissueBatch) -> jax.Array:
-        return embed_batch(
-            nnx.merge(model.graph, parameters),
-            batch,
-            model.config.objective,
-            n_genes=len(model.vocabulary),
-            coordinates=model.coordinates,
-            pooling=pooling,
-        )
-
-    embedded = np.empty((len(cells), model.config.model.encoder.width), np.float32)
+    run, width = _embedder(model, config)
+    jitted = jax.jit(run)
+    embedded = np.empty((len(cells), width), np.float32)
     done = 0
     for rows, batch in model.batches(corpus, cells, rates=None):
-        embedded[rows] = np.asarray(run(model.parameters, batch))[: len(rows)]
+        embedded[rows] = np.asarray(jitted(model.parameters, batch))[: len(rows)]
         done += len(rows)
         progress(done, len(cells))
     return embedded
+
+
+def _embedder(model: TrainedModel, config: EmbeddingConfig) -> tuple[Callable[[Any, Any], jax.Array], int]:
+    """(parameters, batch) to embeddings, and their width."""
+    if isinstance(model.config.model, NicheformerConfig):
+        niche_model, sentence, _ = model.config.nicheformer()
+        if config.layer is not None and not 0 <= config.layer < niche_model.layers:
+            raise InputError(
+                model.config.name,
+                f"has no layer {config.layer}",
+                f"choose one from 0 to {niche_model.layers - 1}",
+            )
+        if config.over == "padding" and sentence.niche_neighbours:
+            raise InputError(
+                model.config.name, "reads niches, which the released code's pooling lacks", "pool over genes"
+            )
+        return (
+            lambda parameters, batch: embed_sentences(
+                nnx.merge(model.graph, parameters), batch, config, sentence.length
+            ),
+            niche_model.width,
+        )
+    geometry, _, objective = model.config.tissue()
+    if config.over != "genes" or config.layer is not None:
+        raise InputError(
+            model.config.name, "pools the last layer over genes alone", "leave --over and --layer out"
+        )
+    return (
+        lambda parameters, batch: embed_batch(
+            nnx.merge(model.graph, parameters),
+            batch,
+            objective,
+            n_genes=len(model.vocabulary),
+            coordinates=model.coordinates,
+            pooling=config.pooling,
+        ),
+        geometry.encoder.width,
+    )
+
+
+def _normalisation(model: TrainedModel) -> dict[str, Any]:
+    """What counts became before the model saw them."""
+    if isinstance(model.config.model, NicheformerConfig):
+        return {"technology_means": model.config.nicheformer()[1].means}
+    _, _, objective = model.config.tissue()
+    return {"normalise": objective.normalise, "target_sum": objective.target_sum}
 
 
 def embed_file(
@@ -91,8 +174,8 @@ def embed_file(
     source: Source,
     out: Path,
     *,
-    pooling: Pooling = "mean",
-    key_added: str = "X_tissue",
+    config: EmbeddingConfig = EmbeddingConfig(),
+    key_added: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     **alignment: Any,
 ) -> dict[str, Any]:
@@ -110,6 +193,10 @@ def embed_file(
         The file and how to read it.
     out
         A new file.
+    config
+        How hidden states become embeddings.
+    key_added
+        ``X_tissue`` or ``X_nicheformer``, by the model's family, if not given.
     alignment
         `gene_names`, `aliases`, `orthologs` of `build_corpus`.
 
@@ -122,6 +209,7 @@ def embed_file(
     InputError
         Bad input, or an existing output.
     """
+    key_added = key_added or KEYS[type(model.config.model)]
     if out.exists():
         raise InputError(out, "exists already", "name another output or remove it")
     if not out.parent.is_dir():
@@ -131,11 +219,11 @@ def embed_file(
             Path(scratch) / "corpus",
             [source],
             vocabulary=model.vocabulary,
-            n_neighbours=max(model.config.data.sample.neighbours, 1),
+            n_neighbours=max(model.config.data.sample.stored_neighbours, 1),
             **alignment,
         )
         corpus = Corpus.open(Path(scratch) / "corpus")
-        embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), pooling=pooling, progress=progress)
+        embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), config=config, progress=progress)
         rows = corpus.column("source_row")
     adata = anndata.read_h5ad(source.path)
     everywhere = np.full((adata.n_obs, embedded.shape[1]), np.nan, np.float32)
@@ -146,10 +234,9 @@ def embed_file(
         "model_hash": model.hash,
         "step": model.step,
         "vocabulary_hash": model.vocabulary.hash,
-        "pooling": pooling,
-        "neighbours": model.config.data.sample.neighbours,
-        "normalise": model.config.objective.normalise,
-        "target_sum": model.config.objective.target_sum,
+        **{name: value for name, value in asdict(config).items() if value is not None},
+        "neighbours": model.config.data.sample.stored_neighbours,
+        **_normalisation(model),
         "source": {name: value for name, value in asdict(source).items() if value is not None},
         "cells_embedded": len(rows),
         "cells_without_counts": adata.n_obs - len(rows),
@@ -162,4 +249,4 @@ def embed_file(
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)
-    return {**record, "build": report}
+    return {**record, "key": key_added, "build": report}

@@ -159,7 +159,7 @@ def predict_masked(
 
     Entries that are not masked are zero.
     """
-    n_genes, objective = len(model.vocabulary), model.config.objective
+    n_genes, (_, _, objective) = len(model.vocabulary), model.config.tissue()
     key = jax.random.key(seed)
 
     @jax.jit
@@ -179,6 +179,7 @@ def predict_masked(
     value, target = np.zeros((2, len(cells), len(panel)), np.float32)
     masked = np.zeros((len(cells), len(panel)), bool)
     for rows, batch in model.batches(corpus, cells, rates=objective.rates, seed=seed):
+        assert isinstance(batch, TissueBatch)
         got = [np.asarray(part)[: len(rows)] for part in run(model.parameters, batch)]
         row, place = np.nonzero(got[2])
         where = rows[row], column[np.asarray(batch.decoder_genes)[row, place]]

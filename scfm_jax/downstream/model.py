@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from scfm_jax.corpus import Corpus
-from scfm_jax.data.batch import TissueBatch
+from scfm_jax.data.batch import Batch
 from scfm_jax.data.loader import evaluation_batches
 from scfm_jax.data.masks import MaskRates
+from scfm_jax.data.ranks import TokenMask
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import parameters_hash
@@ -30,11 +31,17 @@ class TrainedModel(Weights):
 
     @property
     def coordinates(self) -> bool:
-        return self.config.model.positions == "coordinates"
+        model, _, _ = self.config.tissue()
+        return model.positions == "coordinates"
 
     def batches(
-        self, corpus: Corpus, cells: Int64[np.ndarray, " n"], *, rates: MaskRates | None, seed: int = 0
-    ) -> Iterator[tuple[Int64[np.ndarray, " b"], TissueBatch]]:
+        self,
+        corpus: Corpus,
+        cells: Int64[np.ndarray, " n"],
+        *,
+        rates: MaskRates | TokenMask | None,
+        seed: int = 0,
+    ) -> Iterator[tuple[Int64[np.ndarray, " b"], Batch]]:
         """Batches that hold each of `cells` once, under the evaluation mask of `seed`, or (None) under none.
 
         Raises

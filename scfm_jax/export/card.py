@@ -43,11 +43,11 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
     metrics = {
         name: value for row in rows_of_step for name, value in row.items() if name.startswith("held_out")
     }
-    objective, data, split = config.objective, config.data, config.split
+    (model, sample, objective), split = config.tissue(), config.split
     rows: list[tuple[str, Any]] = [
         ("Parameters", f"{exported:,}, SHA-256 {digest}"),
         ("Vocabulary", f"{n_genes:,} genes, hash {genes_hash}"),
-        ("Encoder", f"{vars(config.model.encoder)}"),
+        ("Encoder", f"{vars(model.encoder)}"),
     ]
     if corpus_hash:
         held_out = ", ".join(split.held_out) or f"fold {split.fold} of {split.n_folds}, blocks with margin"
@@ -56,14 +56,14 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
             ("Started from", config.initial_weights or "the seed"),
             ("Technologies", ", ".join(config.technologies) or "all"),
             ("Held out", held_out),
-            ("Neighbours", data.sample.neighbours),
+            ("Neighbours", sample.neighbours),
             (
                 "Masked",
                 f"{objective.nonzero_rate:.0%} of non-zeros, {objective.zero_rate:.0%} of zeros, by column",
             ),
             ("Normalisation", f"{objective.normalise}, target sum {objective.target_sum}"),
             ("Loss", objective.loss),
-            ("Decoder in training", f"{vars(config.model.decoder)}"),
+            ("Decoder in training", f"{vars(model.decoder)}"),
         ]
     else:
         rows.append(("Trained on", "imported weights: what they were trained on is not known here"))

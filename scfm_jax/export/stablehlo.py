@@ -42,7 +42,8 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
     config, n_genes = model.config, len(model.vocabulary)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
     graph, _, _ = abstract(model_builder(plain, n_genes))
-    cells = config.data.sample.neighbours + 1
+    _, sample, objective = config.tissue()
+    cells = sample.neighbours + 1
 
     def embed(
         genes: Int[Array, "b s"],
@@ -71,7 +72,7 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
         return embed_batch(
             nnx.merge(graph, model.parameters),
             batch,
-            config.objective,
+            objective,
             n_genes=n_genes,
             coordinates=model.coordinates,
             pooling="mean",

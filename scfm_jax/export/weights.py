@@ -69,9 +69,10 @@ def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabular
         As the readers' errors say, an existing output, or a vocabulary of another length.
     """
     source = read_folder(folder)
-    model, n_genes = tissue_config(source.config, recipe.model.decoder.layers, str(folder / "config.json"))
+    wanted, _, _ = recipe.tissue()
+    model, n_genes = tissue_config(source.config, wanted.decoder.layers, str(folder / "config.json"))
     model = replace(
-        recipe.model,
+        wanted,
         encoder=model.encoder,
         decoder=model.decoder,
         bins=model.bins,
@@ -145,7 +146,8 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     else:
         raise InputError(run, "does not know its genes (no vocabulary.json)", "train or import it again")
     _, parameters, step = restore_parameters(run, config, n_genes)
-    tensors = to_published(parameters, config.model, n_genes)
+    model, _, _ = config.tissue()
+    tensors = to_published(parameters, model, n_genes)
     weights = {name: x for name, x in sorted(tensors.items()) if not name.endswith(INVERSE_FREQUENCIES)}
     exported = sum(x.size for x in weights.values())
     card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights))
@@ -158,7 +160,7 @@ def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
                 name if name.startswith(KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
             }
     else:
-        content = published_config(config.model, n_genes, "float32")
+        content = published_config(model, n_genes, "float32")
     with new_folder(folder) as scratch:
         write_folder(scratch, content, tensors, card)
     return exported

@@ -15,9 +15,13 @@ from typing import Any, Literal, TypeVar
 
 from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.loader import DataConfig
+from scfm_jax.data.ranks import RankConfig
+from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.errors import InputError
+from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
+from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 
 T = TypeVar("T")
 
@@ -67,6 +71,13 @@ class MeshConfig:
     tensor: int = 1
 
 
+# What a model reads, and what it is trained to say.
+FAMILIES: dict[type, tuple[type, type]] = {
+    TissueConfig: (SampleConfig, ColumnMaskingConfig),
+    NicheformerConfig: (RankConfig, MaskedGenesConfig),
+}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One pretraining run.
@@ -97,12 +108,12 @@ class RunConfig:
     """
 
     name: str
-    model: TissueConfig
+    model: TissueConfig | NicheformerConfig
     corpus: str = ""
     seed: int = 0
     split: SplitConfig = field(default_factory=SplitConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    objective: ColumnMaskingConfig = field(default_factory=ColumnMaskingConfig)
+    objective: ColumnMaskingConfig | MaskedGenesConfig = field(default_factory=ColumnMaskingConfig)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     initial_weights: str = ""
@@ -121,8 +132,50 @@ class RunConfig:
                 f"{self.optimiser.accumulation} does not divide data.batch_size, {self.data.batch_size}",
                 "choose a divisor",
             )
+        sample, objective = FAMILIES[type(self.model)]
+        if not (isinstance(self.data.sample, sample) and isinstance(self.objective, objective)):
+            raise InputError(
+                "model",
+                f"{type(self.model).__name__} does not go with {type(self.data.sample).__name__} and "
+                f"{type(self.objective).__name__}",
+                f"give data.sample a {sample.__name__}, and objective a {objective.__name__}",
+            )
         if not 0 <= self.seed < 2**32:
             raise InputError("seed", f"{self.seed} is not a 32-bit number", "choose one from 0 to 4294967295")
+
+    def tissue(self) -> tuple[TissueConfig, SampleConfig, ColumnMaskingConfig]:
+        """Model, sample and objective of a tissue run.
+
+        Raises
+        ------
+        InputError
+            The run is of another family.
+        """
+        model, sample, objective = self.model, self.data.sample, self.objective
+        if (
+            isinstance(model, TissueConfig)
+            and isinstance(sample, SampleConfig)
+            and isinstance(objective, ColumnMaskingConfig)
+        ):
+            return model, sample, objective
+        raise InputError(self.name, "is no run of AIDO.Tissue, whose genes have values", "give one that is")
+
+    def nicheformer(self) -> tuple[NicheformerConfig, RankConfig, MaskedGenesConfig]:
+        """Model, sample and objective of a run of Nicheformer.
+
+        Raises
+        ------
+        InputError
+            The run is of another family.
+        """
+        model, sample, objective = self.model, self.data.sample, self.objective
+        if (
+            isinstance(model, NicheformerConfig)
+            and isinstance(sample, RankConfig)
+            and isinstance(objective, MaskedGenesConfig)
+        ):
+            return model, sample, objective
+        raise InputError(self.name, "is no run of Nicheformer, whose genes have ranks", "give one that is")
 
     def takes(self, technology: str) -> bool:
         """Whether slides of `technology` are trained and evaluated on."""
@@ -232,6 +285,9 @@ def _typed(hint: Any, value: Any, where: str, name: str) -> Any:
         return from_dict(hint, value, where, f"{name}.")  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
+        kinds = [option for option in arguments if dataclasses.is_dataclass(option)]
+        if kinds and isinstance(value, dict):
+            return _typed(max(kinds, key=lambda kind: _likeness(kind, value)), value, where, name)
         for option in arguments:
             try:
                 return _typed(option, value, where, name)
@@ -250,6 +306,12 @@ def _typed(hint: Any, value: Any, where: str, name: str) -> Any:
     ):
         return value
     raise InputError(where, f"the field {name!r} cannot be {value!r}", f"give {_wanted(hint)}")
+
+
+def _likeness(kind: Any, content: dict[str, Any]) -> int:
+    """How much plain data looks like a dataclass: fields that it has, less those that it has not."""
+    known = {item.name for item in dataclasses.fields(kind)}
+    return len(known & set(content)) - len(set(content) - known)
 
 
 def _wanted(hint: Any) -> str:

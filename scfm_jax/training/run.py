@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.data.ranks import RankConfig
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import Parameters, abstract
@@ -23,6 +24,9 @@ from scfm_jax.training.config import MeshConfig, RunConfig, from_dict
 from scfm_jax.training.mesh import make_mesh, replicated
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.task import model_builder
+
+# Technology means of a run that ranks genes.
+MEANS = "technology_means"
 
 
 def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
@@ -40,6 +44,22 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
         raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     describe_run(folder, config, corpus.vocabulary, corpus.hash)
+    if isinstance(config.data.sample, RankConfig):
+        _save_technology_means(folder / MEANS, config, corpus)
+
+
+def _save_technology_means(folder: Path, config: RunConfig, corpus: Corpus) -> None:
+    """What sentences were ranked against, one file a technology: other cells must be ranked by the same."""
+    folder.mkdir(exist_ok=True)
+    given = dict(entry.split("=", 1) for entry in config.nicheformer()[1].mean_files)
+    for technology in sorted({slide.technology for slide in corpus.slides if config.takes(slide.technology)}):
+        means = np.load(given[technology]) if given else corpus.technology_means(technology)
+        np.save(folder / f"{technology}.npy", means)
+
+
+def _with_means_of_the_run(config: RunConfig, sample: RankConfig, folder: Path) -> RunConfig:
+    files = tuple(f"{path.stem}={path}" for path in sorted(folder.glob("*.npy")))
+    return replace(config, data=replace(config.data, sample=replace(sample, mean_files=files)))
 
 
 def describe_run(folder: Path, config: RunConfig, vocabulary: Vocabulary | None, corpus_hash: str) -> None:
@@ -123,6 +143,8 @@ def restore_weights(folder: Path, checkpoint: Literal["best", "last"] = "best") 
         No run there, one without a checkpoint, or one that was imported without its vocabulary.
     """
     config, _ = read_run(folder)
+    if isinstance(config.data.sample, RankConfig):
+        config = _with_means_of_the_run(config, config.data.sample, folder / MEANS)
     if not (folder / "vocabulary.json").is_file():
         raise InputError(
             folder, "does not know its genes (no vocabulary.json)", "import it again with --vocabulary"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial, singledispatch
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 
 from scfm_jax.corpus import Corpus
-from scfm_jax.data.loader import TissueLoader, evaluation_batches
+from scfm_jax.data.loader import Loader, evaluation_batches
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
-from scfm_jax.models.tissue import TissueConfig, TissueModel
+from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
+from scfm_jax.models.tissue import TissueModel
 from scfm_jax.objectives.column_masking import column_masking_loss
+from scfm_jax.objectives.masked_genes import masked_genes_loss
 from scfm_jax.training.config import RunConfig
 
 
@@ -39,23 +41,44 @@ class Task:
 
     build: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[Any, Any, jax.Array], dict[str, jax.Array]]
-    loader: Callable[[np.ndarray, tuple[int, int]], TissueLoader]
+    loader: Callable[[np.ndarray, tuple[int, int]], Loader]
     evaluation: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any]]]
 
 
 def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Module]:
     """Random streams to the module that `run` trains over a vocabulary of `n_genes`."""
-    return lambda rngs: TissueModel(run.model, n_genes, dispersion=run.objective.loss == "nb", rngs=rngs)
+    if isinstance(run.model, NicheformerConfig):
+        niche_model, _, _ = run.nicheformer()
+        return lambda rngs: Nicheformer(niche_model, n_genes, rngs=rngs)
+    model, _, objective = run.tissue()
+    return lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs)
 
 
-@singledispatch
-def make_task(model: Any, run: RunConfig, corpus: Corpus) -> Task:
-    """The task of a model config; each family registers its own."""
-    raise TypeError(f"no model family is registered for {type(model).__name__}")
+def make_task(run: RunConfig, corpus: Corpus) -> Task:
+    """The task of a run: its model's family bound to a corpus.
+
+    Raises
+    ------
+    InputError
+        Positions in um where the unit of a slide is not known, or a sentence longer than the positions.
+    """
+    objective = run.objective
+    return Task(
+        build=model_builder(run, len(corpus.vocabulary)),
+        loss=_loss(run, corpus),
+        loader=lambda cells, host: Loader(
+            corpus, cells, run.data, seed=run.seed, rates=objective.rates, host=host
+        ),
+        evaluation=lambda cells: evaluation_batches(
+            corpus, cells, run.data, seed=run.seed, rates=objective.rates, draw=EVALUATION_STEP
+        ),
+    )
 
 
-@make_task.register
-def _(model: TissueConfig, run: RunConfig, corpus: Corpus) -> Task:
+def _loss(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+    if isinstance(run.model, NicheformerConfig):
+        return _masked_genes(run)
+    model, _, objective = run.tissue()
     if model.positions == "coordinates":
         unknown = [
             slide.name
@@ -68,19 +91,23 @@ def _(model: TissueConfig, run: RunConfig, corpus: Corpus) -> Task:
                 f"model.positions is in um but the unit of {unknown[0]!r} is not known",
                 "build with --um-per-unit, or set model.positions to index",
             )
-    n_genes, objective = len(corpus.vocabulary), run.objective
-    return Task(
-        build=model_builder(run, n_genes),
-        loss=partial(
-            column_masking_loss,
-            config=objective,
-            n_genes=n_genes,
-            coordinates=model.positions == "coordinates",
-        ),
-        loader=lambda cells, host: TissueLoader(
-            corpus, cells, run.data, seed=run.seed, rates=objective.rates, host=host
-        ),
-        evaluation=lambda cells: evaluation_batches(
-            corpus, cells, run.data, seed=run.seed, rates=objective.rates, draw=EVALUATION_STEP
-        ),
+    return partial(
+        column_masking_loss,
+        config=objective,
+        n_genes=len(corpus.vocabulary),
+        coordinates=model.positions == "coordinates",
     )
+
+
+def _masked_genes(run: RunConfig) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+    model, sample, objective = run.nicheformer()
+    longest = max(sample.length, sample.niche_length if sample.niche_neighbours else 0)
+    if longest > model.positions:
+        raise InputError(
+            run.name,
+            f"data.sample makes sentences of {longest} tokens, model.positions is {model.positions}",
+            "shorten the sentences or give the model more positions",
+        )
+    if sample.niche_neighbours and not model.niche:
+        raise InputError(run.name, "data.sample reads niches, model.niche is off", "set model.niche to true")
+    return partial(masked_genes_loss, config=objective)

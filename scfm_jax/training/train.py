@@ -60,7 +60,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     corpus = Corpus.open(config.corpus)
     split = split_cells(corpus, config.split)
     train_cells, test_cells = select_cells(corpus, split, config)
-    task = make_task(config.model, config, corpus)
+    task = make_task(config, corpus)
     loader = task.loader(train_cells, (jax.process_index(), jax.process_count()))
 
     mesh = make_mesh(config.mesh)
@@ -106,19 +106,19 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
             }
         )
         rates = learning_rate(config.optimiser)
-        pending: list[tuple[int, dict[str, jax.Array], tuple[int, ...]]] = []
+        pending: list[tuple[int, dict[str, jax.Array], int]] = []
         with MetricsWriter(folder, start) as writer:
 
             def flush(clock: list[float]) -> None:
                 """Fetch what the device has summed since the last look, one row a step."""
-                rows = [(step, jax.device_get(sums), shape) for step, sums, shape in pending]
+                rows = [(step, jax.device_get(sums), size) for step, sums, size in pending]
                 elapsed, clock[0] = time.perf_counter() - clock[0], time.perf_counter()
                 speed = sum(float(sums["tokens"]) for _, sums, _ in rows) / elapsed
-                for step, sums, shape in rows:
+                for step, sums, size in rows:
                     row = {
                         "step": step,
                         **summary(sums),
-                        "real_tokens": float(sums["tokens"]) / float(np.prod(shape)),
+                        "real_tokens": float(sums["tokens"]) / size,
                         "tokens_per_second": round(speed, 1),
                         "learning_rate": float(rates(step - 1)),
                     }
@@ -129,9 +129,8 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
             clock = [time.perf_counter()]
             step, saved = start, start
             for step, batch in enumerate(loader.iterate(start, config.optimiser.steps), start + 1):
-                shape = batch.genes.shape
                 state, sums = step_fn(state, to_devices(batch, mesh))
-                pending.append((step, sums, shape))
+                pending.append((step, sums, len(batch.weight) * batch.static_lengths[0]))
                 last = step == config.optimiser.steps or bool(stopped)
                 if step % config.log_every == 0 or last:
                     flush(clock)

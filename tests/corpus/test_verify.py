@@ -84,9 +84,9 @@ def test_a_changed_manifest_does_not_open(corpus_path):
 
 def test_a_newer_schema_is_an_error(corpus_path):
     manifest = json.loads((corpus_path / "manifest.json").read_bytes())
-    write_manifest(corpus_path, manifest | {"schema": 2, "what this version cannot know": 1})
+    write_manifest(corpus_path, manifest | {"schema": 3, "what this version cannot know": 1})
     for read in (Corpus.open, verify_corpus):
-        with pytest.raises(InputError, match=r"schema is 2, this scfm_jax reads up to 1; upgrade"):
+        with pytest.raises(InputError, match=r"schema is 3, this scfm_jax reads up to 2; upgrade"):
             read(corpus_path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from scfm_jax.corpus import BLOCK
 from scfm_jax.data.batch import TissueBatch
-from scfm_jax.data.loader import DataConfig, TissueLoader, block_numbers, evaluation_batches
+from scfm_jax.data.loader import DataConfig, Loader, block_numbers, evaluation_batches
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import SampleConfig, SampleReader
 from scfm_jax.errors import InputError
@@ -39,8 +39,8 @@ def centres(known) -> np.ndarray:
 def make(known, centres):
     def make(
         config: DataConfig = CONFIG, *, seed: int = 5, cells=centres, host=(0, 1), rates=RATES
-    ) -> TissueLoader:
-        return TissueLoader(known.corpus, cells, config, seed=seed, rates=rates, host=host)
+    ) -> Loader:
+        return Loader(known.corpus, cells, config, seed=seed, rates=rates, host=host)
 
     return make
 
@@ -75,7 +75,7 @@ def test_iterating_from_a_step_gives_the_batches_of_the_steps(make, start):
 
 def test_another_seed_draws_other_cells_in_the_same_shapes(make):
     one, other = make(), make(seed=6)
-    assert (one.token_ladder, one.decoder_ladder) == (other.token_ladder, other.decoder_ladder)
+    assert one.ladders == other.ladders
     assert not np.array_equal(one.batch(0).index, other.batch(0).index)
 
 
@@ -129,8 +129,8 @@ def test_rows_are_the_samples_of_their_cells_whole(make, known):
     loader, reader = make(), SampleReader(known.corpus, CONFIG.sample)
     for step in range(6):
         batch = loader.batch(step)
-        assert batch.genes.shape[1] in loader.token_ladder.rungs
-        assert batch.decoder_genes.shape[1] in loader.decoder_ladder.rungs
+        assert batch.genes.shape[1] in loader.ladders[0].rungs
+        assert batch.decoder_genes.shape[1] in loader.ladders[1].rungs
         assert len(set(batch.draw)) == 1 and (batch.weight == 1).all()
         truth = reader.read(
             batch.index.astype(np.int64), draw=int(batch.draw[0]), seed=5, rates=RATES

@@ -39,7 +39,7 @@ def steps_of(folder: Path) -> list[int]:
 
 def restore(folder: Path, config: RunConfig, step: int | None = None) -> Any:
     """The state of a run's checkpoint, its newest unless `step` is given."""
-    task = make_task(config.model, config, Corpus.open(config.corpus))
+    task = make_task(config, Corpus.open(config.corpus))
     _, shapes, names = abstract(task.build)
     optimiser = make_optimiser(config.optimiser, names)
     shardings = state_shardings(make_mesh(config.mesh), optimiser, shapes, names)
