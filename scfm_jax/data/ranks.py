@@ -257,7 +257,7 @@ class RankReader:
         """
         cells = np.asarray(cells, np.int64)
         slides, n_context = self.corpus.slide_of(cells), len(self.config.context)
-        self._know(np.unique(slides))
+        self.know(np.unique(slides))
         rows = self.corpus.cells(cells)
         own = self._ranked(rows.genes, rows.counts, rows.offsets, slides, self.config.length - n_context)
         niche = self._niche(cells, slides)
@@ -290,8 +290,8 @@ class RankReader:
             cut=own.cut,
         )
 
-    def _know(self, slides: Int[np.ndarray, " n"]) -> None:
-        """Look up context tokens and means of slides that were not read before."""
+    def know(self, slides: Int[np.ndarray, " n"]) -> None:
+        """Look up context tokens and means of slides that were not read before; errors as of `read`."""
         for number in slides[~self._known[slides]]:
             slide = self.corpus.slides[number]
             self._context[number] = self._context_of(slide)

@@ -13,6 +13,7 @@ from flax import nnx
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.loader import Loader, evaluation_batches
+from scfm_jax.data.ranks import RankReader
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
@@ -77,7 +78,7 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
 
 def _loss(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
     if isinstance(run.model, NicheformerConfig):
-        return _masked_genes(run)
+        return _masked_genes(run, corpus)
     model, _, objective = run.tissue()
     if model.positions == "coordinates":
         unknown = [
@@ -99,7 +100,7 @@ def _loss(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dic
     )
 
 
-def _masked_genes(run: RunConfig) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+def _masked_genes(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
     model, sample, objective = run.nicheformer()
     longest = max(sample.length, sample.niche_length if sample.niche_neighbours else 0)
     if longest > model.positions:
@@ -110,4 +111,7 @@ def _masked_genes(run: RunConfig) -> Callable[[Any, Any, jax.Array], dict[str, j
         )
     if sample.niche_neighbours and not model.niche:
         raise InputError(run.name, "data.sample reads niches, model.niche is off", "set model.niche to true")
+    # What a slide lacks should be said before anything is written, and not when it is first read.
+    taken = [number for number, slide in enumerate(corpus.slides) if run.takes(slide.technology)]
+    RankReader(corpus, sample).know(np.array(taken))
     return partial(masked_genes_loss, config=objective)
