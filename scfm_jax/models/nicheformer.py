@@ -59,6 +59,10 @@ class NicheformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
+    def meaning(self) -> dict[str, object]:
+        """What tells one function of the same parameters from another, and no shape shows."""
+        return {"heads": self.heads, "norm_epsilon": self.norm_epsilon}
+
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")

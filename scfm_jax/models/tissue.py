@@ -63,15 +63,15 @@ class TissueConfig:
     attention: AttentionName = "chunked"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+
+    def meaning(self) -> dict[str, object]:
+        """What tells one function of the same parameters from another, and no shape shows."""
+        named: dict[str, object] = {"bin_alpha": self.bin_alpha, "positions": self.positions}
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            named |= {f"{name}.{field}": getattr(stack, field) for field in ("heads", "norm", "norm_epsilon")}
+        return named
+
     attend_padding: bool = False
-
-
-def meaning(config: TissueConfig) -> dict[str, object]:
-    """What tells one function of the same parameters from another, and no shape shows."""
-    named: dict[str, object] = {"bin_alpha": config.bin_alpha, "positions": config.positions}
-    for name, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
-        named |= {f"{name}.{field}": getattr(stack, field) for field in ("heads", "norm", "norm_epsilon")}
-    return named
 
 
 class TissueModel(nnx.Module):

@@ -20,7 +20,6 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import abstract, count_parameters, initialise
-from scfm_jax.models.tissue import meaning
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
@@ -170,8 +169,8 @@ def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: An
             "has weights of another geometry (initial_weights)",
             "give the model the sizes in its config.json, or start from the seed",
         )
-    before, now = meaning(weights.config.model), meaning(config.model)
-    if other := [f"model.{name} {value}" for name, value in before.items() if now[name] != value]:
+    before, now = weights.config.model.meaning(), config.model.meaning()
+    if other := [f"model.{name} {value}" for name, value in before.items() if now.get(name) != value]:
         raise InputError(
             folder,
             f"was trained with {', '.join(other)} (initial_weights)",
