@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 
 from scfm_jax.data.batch import SentenceBatch
+from scfm_jax.downstream.embed import EmbeddingConfig, embed_sentences
 from scfm_jax.export.nicheformer import from_published, to_published
 from scfm_jax.models.functional import abstract
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
@@ -181,6 +182,29 @@ def test_loss_and_gradient_of_every_parameter(case: Case, theirs: Oracle) -> Non
     for name, slope in slopes.items():
         size = max(np.linalg.norm(slope), 1e-6 * whole)
         assert np.linalg.norm(mine[name] - slope) / size < 1e-4, name
+
+
+@pytest.mark.parametrize("over", ["genes", "context", "padding"])
+def test_pooling(case: Case, theirs: Oracle, over: Any) -> None:
+    """Over the genes, over the context too, and as the released code has it, over padding up to the length."""
+    batch, (graph, parameters) = sentences(case), ours(case, theirs)
+    real = np.arange(LENGTH) < LENGTHS[:, None]
+    with torch.no_grad():
+        states, _ = theirs(torch.as_tensor(batch.tokens).long(), torch.as_tensor(~real))
+    chosen = {"genes": real & (batch.tokens >= 30), "context": real, "padding": np.ones_like(real)}[over]
+    stated = (states[-1].numpy() * chosen[..., None]).sum(1) / chosen.sum(1, keepdims=True)
+    short = batch.replace(
+        **{name: getattr(batch, name)[:, :-1] for name in ("tokens", "positions", "segments")}
+    )
+    short = short if over == "padding" else batch  # rows come shorter than the longest sentence
+    lengths = np.minimum(LENGTHS, short.tokens.shape[1])
+    if over == "padding":  # the first row has no room to be shorter
+        short = jax.tree.map(lambda x: x[1:], short)
+        lengths, stated = lengths[1:], stated[1:]
+    mine = embed_sentences(
+        nnx.merge(graph, parameters), short.replace(lengths=lengths), EmbeddingConfig(over=over), LENGTH
+    )
+    assert relative(mine, stated) < 1e-5
 
 
 def test_tensors_there_and_back(case: Case, theirs: Oracle) -> None:
