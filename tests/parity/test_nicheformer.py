@@ -186,7 +186,7 @@ def test_loss_and_gradient_of_every_parameter(case: Case, theirs: Oracle) -> Non
 
 @pytest.mark.parametrize("over", ["genes", "context", "padding"])
 def test_pooling(case: Case, theirs: Oracle, over: Any) -> None:
-    """Over the genes, over the context too, and as the released code has it, over padding up to the length."""
+    """Over the genes, over the context too, and as released, over padding up to the length."""
     batch, (graph, parameters) = sentences(case), ours(case, theirs)
     real = np.arange(LENGTH) < LENGTHS[:, None]
     with torch.no_grad():
