@@ -236,7 +236,7 @@ def embed(
     tables: Annotated[GeneTables, arg(name="")],
     pooling: Literal["mean", "max"] = "mean",
     over: Literal["genes", "context", "padding"] = "genes",
-    layer: int | None = None,
+    hidden_layer: int | None = None,
     key_added: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
     json: bool = False,
@@ -255,7 +255,7 @@ def embed(
         Over the gene tokens of the cell itself.
     over
         Nicheformer: its context tokens too, or padding as well, as the released code pools.
-    layer
+    hidden_layer
         Nicheformer: of which layer, counted from 0; the last if not given.
     key_added
         Key in obsm and uns; X_tissue or X_nicheformer if not given.
@@ -275,7 +275,7 @@ def embed(
             model,
             reading.source(file),
             output,
-            config=EmbeddingConfig(pooling, over, layer),
+            config=EmbeddingConfig(pooling, over, hidden_layer),
             key_added=key_added,
             progress=bar.update,
             **tables.read(),

@@ -146,7 +146,7 @@ def _embedder(model: TrainedModel, config: EmbeddingConfig) -> tuple[Callable[[A
     geometry, _, objective = model.config.tissue()
     if config.over != "genes" or config.layer is not None:
         raise InputError(
-            model.config.name, "pools the last layer over genes alone", "leave --over and --layer out"
+            model.config.name, "pools the last layer over genes alone", "leave --over and --hidden-layer out"
         )
     return (
         lambda parameters, batch: embed_batch(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pytest
 
 from scfm_jax.corpus import Source
-from scfm_jax.downstream.embed import embed_file
+from scfm_jax.downstream.embed import EmbeddingConfig, embed_file
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.errors import InputError
 
@@ -25,7 +26,7 @@ def slide(corpus_path: Path) -> Path:
     return corpus_path.parent / "slide1.h5ad"
 
 
-def embed(model: TrainedModel, path: Path, folder: Path, **settings: str) -> anndata.AnnData:
+def embed(model: TrainedModel, path: Path, folder: Path, **settings: Any) -> anndata.AnnData:
     out = folder / "out.h5ad"
     out.unlink(missing_ok=True)
     embed_file(model, Source(str(path), "human", "simseq", um_per_unit=1.0), out, **settings)
@@ -96,7 +97,7 @@ def test_cells_without_counts_are_nan_and_counted(model, slide, tmp_path):
 
 
 def test_the_maximum_is_another_pooling(model, slide, embedded, tmp_path):
-    highest = embed(model, slide, tmp_path, pooling="max").obsm["X_tissue"]
+    highest = embed(model, slide, tmp_path, config=EmbeddingConfig("max")).obsm["X_tissue"]
     assert (highest >= embedded - 1e-5).all()
     assert (highest > embedded + 1e-3).any()
 
