@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -64,6 +65,8 @@ class Reading:
     """Neighbours farther than this (um) do not count."""
     dissociated: bool = False
     """The cells have no coordinates."""
+    tissue: str = ""
+    """brain, breast, ...: for sampling weights."""
 
     def source(self, path: Path) -> Any:
         from scfm_jax.corpus import Source
@@ -80,6 +83,7 @@ class Reading:
             technology=self.technology,
             layer=self.layer,
             spatial=not self.dissociated,
+            tissue=self.tissue,
             coordinates=(columns[0], columns[1]) if len(columns) == 2 else self.coordinates,
             section=self.section,
             labels=tuple(filter(None, self.labels.split(","))),
@@ -292,46 +296,62 @@ def embed(
 
 
 def import_weights(
-    folder: Positional[Path],
+    weights: Positional[Path],
     run: Positional[Path],
     /,
     recipe: Path | None = None,
     vocabulary: Path | None = None,
     gene_names: Path | None = None,
+    technology_means: Annotated[tuple[str, ...], arg(metavar="NAME=FILE ...")] = (),
 ) -> None:
-    """Make a run directory from published weights (AIDO.Tissue, a Hugging Face folder).
+    """Make a run directory from published weights (AIDO.Tissue, Nicheformer).
 
     Parameters
     ----------
-    folder
-        config.json and model.safetensors, or pytorch_model.bin.
+    weights
+        A Hugging Face folder (config.json and model.safetensors, or pytorch_model.bin), or Nicheformer's
+        Lightning checkpoint.
     run
         The run directory to write. Train on from it with --initial_weights.
     recipe
-        What the weights are for; experiments/tissue_3m.py if not given. The folder decides the sizes.
+        What the weights are for; experiments/tissue_3m.py or nicheformer_49m.py if not given. The weights
+        decide the sizes.
     vocabulary
-        The genes of the weights, in their order (.tsv, .csv, .json). Without it the run can only be exported.
+        The genes of the weights, in their order (.tsv, .csv, .json, or the var of an .h5ad); those of the
+        folder's vocab.json if not given. Without either the run can only be exported.
     gene_names
         Ensembl id and symbol, .csv or .tsv.
+    technology_means
+        Nicheformer: the .npy file of each technology that cells are to be ranked against.
     """
-    from experiments import tissue_3m
     from scfm_jax import genes
-    from scfm_jax.export.weights import import_run
+    from scfm_jax.export.weights import family_of, import_run
     from scfm_jax.training.config import load_recipe
 
     names = genes.read_gene_names(gene_names) if gene_names else None
     known = genes.Vocabulary.read(vocabulary, gene_names=names) if vocabulary else None
-    imported = import_run(folder, run, load_recipe(recipe) if recipe else tissue_3m.recipe(), known)
-    print(
-        f"{imported:,} parameters imported; the decoder, which is not published, starts from the seed: {run}"
+    for entry in technology_means:
+        if "=" not in entry:
+            raise InputError("import", f"cannot read {entry!r} (technology-means)", "write NAME=FILE")
+    means = {name: Path(file) for name, file in (entry.split("=", 1) for entry in technology_means)}
+    family = family_of(weights)
+    default = importlib.import_module(f"experiments.{family.recipe}")
+    imported = import_run(
+        weights,
+        run,
+        load_recipe(recipe) if recipe else default.recipe(),
+        known,
+        gene_names=names,
+        technology_means=means,
     )
+    print(f"{imported:,} parameters of {family.title} imported: {run}")
 
 
 def export_weights(
     run: Positional[Path],
-    folder: Positional[Path],
+    out: Positional[Path],
     /,
-    format: Literal["published", "stablehlo"] = "published",
+    format: Literal["published", "lightning", "stablehlo"] = "published",
     licence: str = "unknown",
 ) -> None:
     """Write a run's weights as the authors' code reads them, or its embedding as a function of its own.
@@ -340,18 +360,24 @@ def export_weights(
     ----------
     run
         A run directory.
-    folder
-        A new folder; a model card goes with it.
+    out
+        A new folder (a model card goes with it), or for lightning a new file.
     format
-        published: config.json and model.safetensors. stablehlo: the embedding, serialised by jax.export.
+        published: config.json and model.safetensors. lightning: Nicheformer's checkpoint. stablehlo: the
+        embedding, serialised by jax.export.
     licence
         An SPDX identifier for the model card.
     """
-    from scfm_jax.export.stablehlo import export_embedding
+    if format == "stablehlo":
+        from scfm_jax.export.stablehlo import export_embedding
+
+        print(f"{export_embedding(run, out, licence=licence):,} parameters exported: {out}")
+        return
     from scfm_jax.export.weights import export_run
 
-    write = export_run if format == "published" else export_embedding
-    print(f"{write(run, folder, licence=licence):,} parameters exported: {folder}")
+    done = export_run(run, out, form="lightning" if format == "lightning" else "folder", licence=licence)
+    beside = f", and {done.unused:,} that the authors' class holds and does not use" if done.unused else ""
+    print(f"{done.parameters:,} parameters exported{beside}: {out}")
 
 
 def demo(out: Positional[Path | None] = None, /) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ import pytest
 from scfm_jax.corpus import Source, build_corpus
 from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.loader import DataConfig
+from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.tokens import SampleConfig
+from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
+from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.simulate import SimulationConfig, simulate
 from scfm_jax.training.config import OptimiserConfig, RunConfig
 from scfm_jax.training.train import train
@@ -87,4 +91,41 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The run that was never stopped."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     assert train(config, folder) == 6
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranks(config: RunConfig) -> RunConfig:
+    """Nicheformer with a niche, in the same loop."""
+    sample = RankConfig(length=20, extra_assays=("simscope", "simseq"), niche_neighbours=3, niche_length=10)
+    return replace(
+        config,
+        name="ranks",
+        model=NicheformerConfig(
+            layers=2, heads=2, width=16, hidden=24, positions=20, niche=True, attention="plain"
+        ),
+        data=replace(config.data, sample=sample),
+        objective=MaskedGenesConfig(rate=0.3),
+    )
+
+
+@pytest.fixture(scope="session")
+def run_with_niche(ranks: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "ranks"
+    assert train(ranks, folder) == 6
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ranks_off(ranks: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of Nicheformer as published: without a niche."""
+    model, sample, _ = ranks.nicheformer()
+    config = replace(
+        ranks,
+        model=replace(model, niche=False),
+        data=replace(ranks.data, sample=replace(sample, niche_neighbours=0)),
+        optimiser=replace(ranks.optimiser, steps=2),
+    )
+    folder = tmp_path_factory.mktemp("runs") / "ranks_off"
+    assert train(config, folder) == 2
     return folder

@@ -187,7 +187,7 @@ class Stepper:
         optimiser = make_optimiser(config.optimiser, names)
         shardings = state_shardings(self._mesh, optimiser, shapes, names)
         self._step = jax.jit(
-            make_step(config, graph, task.loss, optimiser, key),
+            make_step(config, graph, task, optimiser, key),
             in_shardings=(shardings, batch_sharding(self._mesh)),
             out_shardings=(shardings, replicated(self._mesh)),
             donate_argnums=0,

@@ -41,8 +41,8 @@ class Slide:
         Unique in the corpus.
     source, section
         Name of the file, and the section's value there ("" where none was given).
-    species, technology
-        As declared for the file.
+    species, technology, tissue
+        As declared for the file; the tissue may be "".
     spatial
         Whether its cells have coordinates and neighbours.
     start, n_cells
@@ -60,6 +60,7 @@ class Slide:
     section: str
     species: str
     technology: str
+    tissue: str
     spatial: bool
     start: int
     n_cells: int
@@ -448,7 +449,17 @@ def corpus_info(corpus: Corpus) -> dict[str, Any]:
     """Describe a corpus from its manifest alone, ready for JSON."""
     slides = []
     for slide, record in zip(corpus.slides, corpus.manifest["slides"]):
-        shown = ("name", "source", "section", "species", "technology", "spatial", "um_per_unit", "n_cells")
+        shown = (
+            "name",
+            "source",
+            "section",
+            "species",
+            "technology",
+            "tissue",
+            "spatial",
+            "um_per_unit",
+            "n_cells",
+        )
         slides.append(
             {name: record[name] for name in shown}
             | {"panel_size": len(slide.panel), "median_counts": slide.median_total, "bytes": record["bytes"]}

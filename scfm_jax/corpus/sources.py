@@ -39,11 +39,14 @@ class Source:
         Length of one coordinate unit in µm; ``None`` where it is not known.
     max_radius
         Greatest distance of a neighbour, in µm; it needs ``um_per_unit``. ``None`` sets no limit.
+    tissue
+        Name of the tissue, for sampling weights.
 
     Raises
     ------
     InputError
-        A length that is not positive, or ``max_radius`` without ``um_per_unit``.
+        A blank species or technology, a length that is not positive, or ``max_radius`` without
+        ``um_per_unit``.
     """
 
     path: str
@@ -56,8 +59,12 @@ class Source:
     labels: tuple[str, ...] = ()
     um_per_unit: float | None = None
     max_radius: float | None = None
+    tissue: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("species", "technology"):
+            if not getattr(self, name).strip():
+                raise InputError(self.path, f"{name} is blank", f"name the {name}")
         for name in ("um_per_unit", "max_radius"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -113,7 +120,7 @@ def _source_from_table(toml_path: Path, number: int, table: dict[str, Any]) -> S
 
 _TEXT, _NUMBER = "a text", "a number"
 _EXPECTED = {
-    **dict.fromkeys(("path", "species", "technology", "layer", "section"), _TEXT),
+    **dict.fromkeys(("path", "species", "technology", "layer", "section", "tissue"), _TEXT),
     **dict.fromkeys(("um_per_unit", "max_radius"), _NUMBER),
     "spatial": "true or false",
     "coordinates": "a key of obsm or two columns of obs",

@@ -91,6 +91,8 @@ class SentenceBatch:
         Real tokens of each row.
     places
         Places of the masked tokens, -1 at padding: as many columns as any row has.
+    cut
+        Genes of the cell that its sentence had no room for.
     index
         The cell's number in the corpus.
     draw
@@ -104,6 +106,7 @@ class SentenceBatch:
     segments: Int[Array, "b s"]
     lengths: Int[Array, " b"]
     places: Int[Array, "b m"]
+    cut: Int[Array, " b"]
     index: UInt32[Array, " b"]
     draw: UInt32[Array, " b"]
     weight: Float[Array, " b"]

@@ -23,8 +23,8 @@ from scfm_jax.corpus import BLOCK, Corpus
 from scfm_jax.data.batch import Batch
 from scfm_jax.data.ladder import fit_ladder
 from scfm_jax.data.masks import MaskRates
+from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.ranks import RankConfig, TokenMask
-from scfm_jax.data.stream import ShardStreams
 from scfm_jax.data.tokens import Ragged, SampleConfig
 from scfm_jax.errors import InputError
 
@@ -55,6 +55,10 @@ class DataConfig:
         Blocks of 64 cells that are shuffled together.
     prefetch
         Batches made ahead of the step.
+    weights
+        How often cells are drawn, relative to others: ``field=value=weight`` with a field of technology,
+        species, modality (spatial, dissociated) and tissue. Several that name a slide multiply; without any,
+        every cell counts alike.
     """
 
     sample: SampleConfig | RankConfig = field(default_factory=SampleConfig)
@@ -65,6 +69,7 @@ class DataConfig:
     length_multiple: int = 8
     pool_blocks: int = 256
     prefetch: int = 2
+    weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.batch_size % self.virtual_shards:
@@ -127,7 +132,7 @@ class Loader:
     Raises
     ------
     InputError
-        No cells, fewer blocks than shards, or hosts that do not divide the shards.
+        No cells, fewer blocks than shards, hosts that do not divide the shards, or weights that no slide has.
     """
 
     def __init__(
@@ -155,9 +160,15 @@ class Loader:
         self._own = range(number * own, (number + 1) * own)
         self._reader: Reader = config.sample.reader(corpus)
         blocks = block_numbers(corpus, centres)
+        weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
         self._streams, calibration = (
-            ShardStreams(
-                centres, blocks, n_shards=config.virtual_shards, seed=number, pool_blocks=config.pool_blocks
+            MixedStreams(
+                centres,
+                blocks,
+                weights,
+                n_shards=config.virtual_shards,
+                seed=number,
+                pool_blocks=config.pool_blocks,
             )
             for number in (seed, _CALIBRATION_SEED)
         )
@@ -204,7 +215,7 @@ class Loader:
                     self._windows.popitem(last=False)
             return self._windows[number]
 
-    def _read_window(self, streams: ShardStreams, seed: int, number: int) -> _Window:
+    def _read_window(self, streams: MixedStreams, seed: int, number: int) -> _Window:
         steps, per_window = self.config.window, self.config.window * self._rows
         order = np.random.default_rng([seed, _WINDOW_ORDER, number]).permutation(steps)
         samples, rows, lengths = [], [], np.zeros((steps, 2), np.int64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,30 +16,10 @@ from scfm_jax.corpus.reader import Slide
 from scfm_jax.data.batch import Array, SentenceBatch
 from scfm_jax.data.masks import seed_words, token_bits, under
 from scfm_jax.data.tokens import EVALUATION_STEP, Ragged
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
+from scfm_jax.reserved_tokens import ASSAY_TOKENS, FIRST_GENE, MODALITY_TOKENS, PAD, SPECIES_TOKENS
 
-MASK, PAD, CLS = 0, 1, 2
 _NEVER_MASKED = 3  # in the released code
-FIRST_GENE = 30
-MODALITY_TOKENS = {"dissociated": 3, "spatial": 4}
-SPECIES_TOKENS = {"human": 5, "mouse": 6}
-# By lower-case name, as the released notebooks number them, with the short names of this package's corpora.
-ASSAY_TOKENS = {
-    "merfish": 7,
-    "cosmx": 8,
-    "nanostring digital spatial profiling": 8,
-    "xenium": 9,
-    "10x 5' v2": 10,
-    "10x 3' v3": 11,
-    "10x 3' v2": 12,
-    "10x 5' v1": 13,
-    "10x 3' v1": 14,
-    "10x 3' transcription profiling": 15,
-    "10x transcription profiling": 15,
-    "10x 5' transcription profiling": 16,
-    "cite-seq": 17,
-    "smart-seq v4": 18,
-}
 Context = Literal["species", "assay", "modality"]
 
 
@@ -114,13 +96,33 @@ def maskable(tokens: Array, segments: Array, *, context: bool) -> Array:
 
 def usable_means(
     means: Float[np.ndarray, " g"], kind: Literal["exact", "published"]
-) -> tuple[Float64[np.ndarray, " g"], int]:
-    """Technology means fit to divide by, and for ``exact`` how many were missing."""
+) -> Float64[np.ndarray, " g"]:
+    """Technology means fit to divide by: what is missing is 1; see `RankConfig`."""
     if kind == "published":
         rounded = np.floor(np.nan_to_num(means) + 0.5)
-        return np.where(rounded == 0, 1, rounded), 0
-    missing = ~(means > 0)
-    return np.where(missing, 1, means), int(missing.sum())
+        return np.where(rounded == 0, 1, rounded)
+    return np.where(means > 0, means, 1)
+
+
+def read_means(path: str | Path, n_genes: int) -> Float64[np.ndarray, " g"]:
+    """Technology means of a ``.npy`` file, in the order of the vocabulary.
+
+    Raises
+    ------
+    InputError
+        No file of numbers, or of another vocabulary.
+    """
+    try:
+        means = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be read as means ({error})", "give a .npy file of numbers") from error
+    if means.shape != (n_genes,) or means.dtype.kind not in "fiu":
+        raise InputError(
+            path,
+            f"holds {means.dtype} of shape {means.shape}, the vocabulary {n_genes:,} genes",
+            "give technology means of the vocabulary",
+        )
+    return means.astype(np.float64)
 
 
 def rank_rows(
@@ -128,10 +130,13 @@ def rank_rows(
 ) -> Int64[np.ndarray, "n w"]:
     """Genes of each row by value, highest first, ties by index; what is not real comes last, as -1.
 
-    Values are compared in float32: one number holds value and gene, so that a row is sorted at once.
+    Values are compared in float32: one number holds value and gene, so that a row is sorted at once. Negative
+    values (the published means hold some) come after the positive ones.
     """
     bits = values.astype(np.float32).view(np.uint32)
-    key = (np.uint64(0xFFFFFFFF) - bits.astype(np.uint64)) << np.uint64(32) | genes.astype(np.uint64)
+    # Bits of positive floats rise with the value, those of negative ones fall.
+    falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    key = falling.astype(np.uint64) << np.uint64(32) | genes.astype(np.uint64)
     key = np.sort(np.where(real, key, np.uint64(2**64 - 1)), axis=1)
     ranked = (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
     return np.where(np.arange(values.shape[1]) < real.sum(1, keepdims=True), ranked, -1)
@@ -141,8 +146,8 @@ def rank_rows(
 class Sentences:
     """Sentences before they are padded; the counterpart of `Samples`.
 
-    `tokens` has tokens, positions and segments; `places` the places of masked tokens; `cut` counts the genes
-    beyond the longest sentence.
+    `tokens` has tokens, positions and segments; `places` the places of masked tokens; `cut` counts each
+    cell's genes beyond the longest sentence.
     """
 
     tokens: Ragged
@@ -150,7 +155,7 @@ class Sentences:
     panel: Int64[np.ndarray, " n"]
     index: Int64[np.ndarray, " n"]
     draw: int
-    cut: int
+    cut: Int64[np.ndarray, " n"]
 
     @property
     def lengths(self) -> Int64[np.ndarray, "n 2"]:
@@ -165,6 +170,7 @@ class Sentences:
             **self.tokens.pad(rows, length, {"tokens": PAD, "positions": 0, "segments": 0}),
             lengths=self.tokens.lengths[rows].astype(np.int32),
             **self.places.pad(rows, places, {"places": -1}),
+            cut=self.cut[rows].astype(np.int32),
             index=self.index[rows].astype(np.uint32),
             draw=np.full(size, self.draw, np.uint32),
             weight=weight,
@@ -177,7 +183,7 @@ class _Ranked:
 
     tokens: Int32[np.ndarray, " total"]
     lengths: Int64[np.ndarray, " n"]
-    cut: int
+    cut: Int64[np.ndarray, " n"]
 
     def flat(self) -> tuple[Int64[np.ndarray, " total"], Int32[np.ndarray, " total"]]:
         """The cell of each token, and the tokens."""
@@ -296,11 +302,26 @@ class RankReader:
             slide = self.corpus.slides[number]
             self._context[number] = self._context_of(slide)
             if slide.technology not in self._technologies:
-                means, _ = usable_means(self._means_of(slide.technology), self.config.means)
+                found = self._means_of(slide.technology)
+                self._tell_missing(slide, found)
+                means = usable_means(found, self.config.means)
                 self.means = np.concatenate([self.means, means[None]])
                 self._technologies.append(slide.technology)
             self._row[number] = self._technologies.index(slide.technology)
             self._known[number] = True
+
+    def _tell_missing(self, slide: Slide, means: Float64[np.ndarray, " g"]) -> None:
+        """Warn of genes that files give no mean, though the slide's panel has them."""
+        own = means[slide.panel]
+        missing, negative = int(np.isnan(own).sum()), int((own < 0).sum())
+        if self._files and missing + negative:
+            kept = "taken as 1" if self.config.means == "exact" else "used as published, 1 and negative"
+            warnings.warn(
+                f"{self._files[slide.technology]}: of {len(own):,} genes of {slide.name!r} "
+                f"{missing:,} have no technology mean and {negative:,} a negative one, {kept}",
+                DataWarning,
+                stacklevel=2,
+            )
 
     def _context_of(self, slide: Slide) -> list[int]:
         extra = {
@@ -338,20 +359,7 @@ class RankReader:
                 f"data.sample.mean_files has no means of {technology!r} (there are {', '.join(self._files)})",
                 "add them",
             )
-        path = self._files[technology]
-        try:
-            means = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                path, f"cannot be read as means ({error})", "give a .npy file of numbers"
-            ) from error
-        if means.shape != (self.n_genes,):
-            raise InputError(
-                path,
-                f"holds {means.shape} means, the vocabulary {self.n_genes:,} genes (data.sample.mean_files)",
-                "give means of the corpus's vocabulary",
-            )
-        return means.astype(np.float64)
+        return read_means(self._files[technology], self.n_genes)
 
     def _ranked(
         self,
@@ -375,7 +383,7 @@ class RankReader:
             kept = ranked >= 0
             to = starts[rows, None] + np.arange(ranked.shape[1])
             tokens[to[kept]] = ranked[kept] + FIRST_GENE
-        return _Ranked(tokens, lengths, int((present - lengths).sum()))
+        return _Ranked(tokens, lengths, present - lengths)
 
     def _parts(self, lengths: Int64[np.ndarray, " n"]) -> list[Int64[np.ndarray, " m"]]:
         """Rows of about equal length, so many that a part fits a cache; rows of length 0 are in none."""
@@ -390,7 +398,8 @@ class RankReader:
         """The mean of the neighbours' scaled counts, ranked; nothing for cells without neighbours."""
         k = self.config.niche_neighbours
         if not k:
-            return _Ranked(np.zeros(0, np.int32), np.zeros(len(cells), np.int64), 0)
+            nothing = np.zeros(len(cells), np.int64)
+            return _Ranked(np.zeros(0, np.int32), nothing, nothing)
         near = self.corpus.neighbours(cells, k)
         if self.config.niche_radius is not None:
             unknown = slides[self._spatial[slides] & np.isnan(self._um[slides])]

@@ -18,12 +18,12 @@ from jaxtyping import Float32, Int64
 from scfm_jax import __version__
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.data.batch import SentenceBatch, TissueBatch
-from scfm_jax.data.ranks import FIRST_GENE, PAD
 from scfm_jax.downstream.model import TrainedModel, pooled
 from scfm_jax.errors import InputError
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig, encode, visible_tokens
+from scfm_jax.reserved_tokens import FIRST_GENE, PAD
 
 Pooling = Literal["mean", "max"]
 PoolOver = Literal["genes", "context", "padding"]
@@ -39,8 +39,8 @@ class EmbeddingConfig:
     pooling
         Mean or maximum over the tokens.
     over
-        Tokens of the cell itself: its genes; with Nicheformer also its ``context`` tokens, or, as released,
-        ``padding`` as well up to the longest sentence.
+        Tokens of the cell itself: its genes; with Nicheformer also its ``context`` tokens, or its genes and,
+        as released, ``padding`` up to the longest sentence.
     layer
         Of Nicheformer's hidden states, counted from 0; the last if not given.
     """
@@ -78,7 +78,7 @@ def embed_sentences(
     chosen = {
         "genes": real & (segments == 0) & (tokens >= FIRST_GENE),
         "context": real & (segments == 0),
-        "padding": jnp.ones_like(real),
+        "padding": (tokens >= FIRST_GENE) | (tokens == PAD),
     }[config.over]
     hidden = module.encode(tokens, positions, segments, batch.lengths, layer=config.layer)
     return pooled(hidden.astype(jnp.float32), chosen.astype(jnp.float32), config.pooling)

@@ -14,7 +14,7 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import Batch
 from scfm_jax.data.loader import evaluation_batches
 from scfm_jax.data.masks import MaskRates
-from scfm_jax.data.ranks import TokenMask
+from scfm_jax.data.ranks import RankConfig, TokenMask
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import parameters_hash
@@ -47,8 +47,15 @@ class TrainedModel(Weights):
         Raises
         ------
         InputError
-            The corpus has another vocabulary than the model.
+            The corpus has another vocabulary than the model, or the run has no technology means to rank by.
         """
+        sample = self.config.data.sample
+        if isinstance(sample, RankConfig) and not sample.mean_files:
+            raise InputError(
+                self.config.name,
+                "was imported without technology means, which rank a cell's genes",
+                "import it again with --technology-means NAME=FILE",
+            )
         if corpus.vocabulary.hash != self.vocabulary.hash:
             raise InputError(
                 corpus.path,

@@ -8,12 +8,17 @@ from typing import Any
 
 from scfm_jax import __version__
 from scfm_jax.errors import InputError
+from scfm_jax.export.family import Family
 from scfm_jax.genes import Vocabulary
+from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.training.config import RunConfig
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.run import read_run
 
 
-def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, digest: str) -> str:
+def model_card(
+    run: Path, step: int, n_genes: int, licence: str, exported: int, digest: str, family: Family
+) -> str:
     """Markdown with the front matter that Hugging Face reads.
 
     Parameters
@@ -28,6 +33,8 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
         An SPDX identifier, or "unknown".
     exported, digest
         Number of the parameters that are exported, and their SHA-256.
+    family
+        Of the model.
 
     Raises
     ------
@@ -43,27 +50,20 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
     metrics = {
         name: value for row in rows_of_step for name, value in row.items() if name.startswith("held_out")
     }
-    (model, sample, objective), split = config.tissue(), config.split
     rows: list[tuple[str, Any]] = [
         ("Parameters", f"{exported:,}, SHA-256 {digest}"),
         ("Vocabulary", f"{n_genes:,} genes, hash {genes_hash}"),
-        ("Encoder", f"{vars(model.encoder)}"),
+        *_model_rows(config),
     ]
     if corpus_hash:
+        split = config.split
         held_out = ", ".join(split.held_out) or f"fold {split.fold} of {split.n_folds}, blocks with margin"
         rows += [
             ("Trained on", f"corpus {config.corpus}, hash {corpus_hash}, to step {step:,}"),
             ("Started from", config.initial_weights or "the seed"),
             ("Technologies", ", ".join(config.technologies) or "all"),
             ("Held out", held_out),
-            ("Neighbours", sample.neighbours),
-            (
-                "Masked",
-                f"{objective.nonzero_rate:.0%} of non-zeros, {objective.zero_rate:.0%} of zeros, by column",
-            ),
-            ("Normalisation", f"{objective.normalise}, target sum {objective.target_sum}"),
-            ("Loss", objective.loss),
-            ("Decoder in training", f"{vars(model.decoder)}"),
+            *_training_rows(config),
         ]
     else:
         rows.append(("Trained on", "imported weights: what they were trained on is not known here"))
@@ -75,9 +75,9 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
         "tags: [single-cell, spatial-transcriptomics]",
         "---",
         "",
-        f"# {config.name if corpus_hash else 'AIDO.Tissue, imported'}",
+        f"# {config.name if corpus_hash else f'{family.title}, imported'}",
         "",
-        "A cell and its spatial neighbours, pretrained by column masking (AIDO.Tissue).",
+        family.summary,
         "",
         "| | |",
         "| --- | --- |",
@@ -89,3 +89,31 @@ def model_card(run: Path, step: int, n_genes: int, licence: str, exported: int, 
         "",
     ]
     return "\n".join(lines)
+
+
+def _model_rows(config: RunConfig) -> list[tuple[str, Any]]:
+    if isinstance(config.model, NicheformerConfig):
+        return [("Model", f"{vars(config.model)}")]
+    model, _, _ = config.tissue()
+    return [("Encoder", f"{vars(model.encoder)}")]
+
+
+def _training_rows(config: RunConfig) -> list[tuple[str, Any]]:
+    if isinstance(config.model, NicheformerConfig):
+        _, sentence, masked = config.nicheformer()
+        return [
+            ("Sentence", f"{vars(sentence)}"),
+            ("Sampling weights", ", ".join(config.data.weights) or "by number of cells"),
+            ("Masked", f"{masked.rate:.0%} of the genes of a sentence"),
+        ]
+    model, sample, objective = config.tissue()
+    return [
+        ("Neighbours", sample.neighbours),
+        (
+            "Masked",
+            f"{objective.nonzero_rate:.0%} of non-zeros, {objective.zero_rate:.0%} of zeros, by column",
+        ),
+        ("Normalisation", f"{objective.normalise}, target sum {objective.target_sum}"),
+        ("Loss", objective.loss),
+        ("Decoder in training", f"{vars(model.decoder)}"),
+    ]

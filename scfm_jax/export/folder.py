@@ -1,4 +1,4 @@
-"""A folder as Hugging Face keeps models: ``config.json``, ``model.safetensors``, ``README.md``."""
+"""Published weights on disk: a folder as Hugging Face keeps models, or a Lightning checkpoint."""
 
 from __future__ import annotations
 
@@ -13,99 +13,141 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from scfm_jax import __version__
 from scfm_jax.errors import InputError
+from scfm_jax.export.family import Family, Form, Tensors
 
-CONFIG, TENSORS, PICKLE, CARD = "config.json", "model.safetensors", "pytorch_model.bin", "README.md"
-PREFIX = "bert."
-# Beginnings of names that are kept verbatim, though they are not known.
-KEPT = ("cls.",)
+CONFIG, TENSORS, PICKLE, CARD, VOCAB = (
+    "config.json",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "README.md",
+    "vocab.json",
+)
+CHECKPOINT = ".ckpt"
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
 @dataclass(frozen=True, eq=False)
-class PublishedFolder:
-    """What a folder holds.
+class PublishedWeights:
+    """What a folder or a checkpoint holds.
 
     Attributes
     ----------
-    path
-        The folder.
+    path, form
+        Where it lies, and which of the two it is.
     config
-        ``config.json``, decoded.
+        ``config.json``, or ``hyper_parameters``, decoded.
     tensors
-        By name, the prefix of the base model (``bert.``) taken off, in the dtype of the file.
+        By name, the family's prefix taken off, in the dtype of the file.
     prefixed
         Whether there was one.
+    vocab
+        ``vocab.json`` of a folder that has one: from token's name to its number.
     """
 
     path: Path
+    form: Form
     config: dict[str, Any]
-    tensors: dict[str, np.ndarray]
+    tensors: Tensors
     prefixed: bool
+    vocab: dict[str, int] | None = None
 
 
-def read_folder(path: Path) -> PublishedFolder:
-    """Read a folder; every tensor must be finite.
+def published_family(path: Path, families: tuple[Family, ...]) -> Family:
+    """Which family a folder's ``config.json`` says it is of; a file is a Lightning checkpoint.
 
     Raises
     ------
     InputError
-        No config, no weights, weights that cannot be read, a pickle that holds more than tensors, or a
-        tensor that is not finite.
+        No config, or one of another architecture.
     """
-    config = path / CONFIG
-    if not config.is_file():
-        raise InputError(path, f"has no {CONFIG}", "name a folder as Hugging Face keeps models")
-    try:
-        content = json.loads(config.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(config, f"is no JSON ({error})", "give the published file") from error
-    if not isinstance(content, dict):
-        raise InputError(config, "holds no object", "give the published file")
+    if path.is_file() and path.suffix != CHECKPOINT:
+        raise InputError(path, f"is neither a folder nor a {CHECKPOINT} file", "name the published weights")
+    if path.is_file():
+        return next(family for family in families if family.model_type == "nicheformer")
+    kind = read_json(path / CONFIG, path).get("model_type")
+    for family in families:
+        if family.model_type == kind:
+            return family
+    known = " or ".join(repr(family.model_type) for family in families)
+    raise InputError(path / CONFIG, f"the field 'model_type' is {kind!r}", f"give a folder of {known}")
+
+
+def read_published(path: Path, family: Family) -> PublishedWeights:
+    """Read a folder or a checkpoint; every tensor must be finite.
+
+    Raises
+    ------
+    InputError
+        No config, no weights, weights that cannot be read, a pickle that holds more than plain values and
+        tensors, or a tensor that is not finite.
+    """
+    found = _read_checkpoint(path) if path.is_file() else _read_folder(path, family)
+    for name, tensor in found.tensors.items():
+        if tensor.dtype in DTYPES and not np.isfinite(tensor.astype(np.float32)).all():
+            raise InputError(path, f"the tensor {name!r} has NaN or infinite weights", "get the file again")
+    return found
+
+
+def _read_folder(path: Path, family: Family) -> PublishedWeights:
+    config = read_json(path / CONFIG, path)
     if (path / TENSORS).is_file():
         tensors = _read_safetensors(path / TENSORS)
     elif (path / PICKLE).is_file():
-        tensors = _read_pickle(path / PICKLE)
+        tensors = _tensors(path / PICKLE, _unpickle(path / PICKLE))
     else:
         raise InputError(path, f"has neither {TENSORS} nor {PICKLE}", "add the weights")
-    for name, tensor in tensors.items():
-        if tensor.dtype in DTYPES and not np.isfinite(tensor.astype(np.float32)).all():
-            raise InputError(path, f"the tensor {name!r} has NaN or infinite weights", "get the file again")
-    own = [name for name in tensors if not name.startswith(KEPT)]
-    prefixed = any(name.startswith(PREFIX) for name in own)
-    bare = [name for name in own if not name.startswith(PREFIX)]
+    prefix, heads = family.prefix, family.heads
+    own = [name for name in tensors if not name.startswith(heads)]
+    prefixed = any(name.startswith(prefix) for name in own)
+    bare = [name for name in own if not name.startswith(prefix)]
     if prefixed and bare:
-        raise InputError(path, f"has names with {PREFIX!r} and without: {', '.join(bare)}", "name all alike")
+        raise InputError(path, f"has names with {prefix!r} and without: {', '.join(bare)}", "name all alike")
     named = {
-        name.removeprefix(PREFIX) if not name.removeprefix(PREFIX).startswith(KEPT) else name: tensor
+        name.removeprefix(prefix) if not name.removeprefix(prefix).startswith(heads) else name: tensor
         for name, tensor in tensors.items()
     }
-    return PublishedFolder(path, content, named, prefixed)
+    vocab = read_json(path / VOCAB, path) if (path / VOCAB).is_file() else None
+    return PublishedWeights(path, "folder", config, named, prefixed, vocab)
 
 
-def check_tensors(
-    folder: PublishedFolder, shapes: Mapping[str, tuple[int, ...]], optional: tuple[str, ...] = ()
-) -> None:
-    """Raise where a tensor is missing, unknown, of another shape or no weight.
+def _read_checkpoint(path: Path) -> PublishedWeights:
+    content = _unpickle(path)
+    for name in ("state_dict", "hyper_parameters"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), dict):
+            raise InputError(path, f"has no {name}", "give the Lightning checkpoint, or the folder")
+    return PublishedWeights(
+        path, "lightning", dict(content["hyper_parameters"]), _tensors(path, content["state_dict"]), False
+    )
 
-    Parameters
-    ----------
-    shapes
-        Of all known tensors.
-    optional
-        Endings of names that may be missing.
-    """
-    missing = [name for name in shapes if name not in folder.tensors and not name.endswith(optional)]
-    unknown = [name for name in folder.tensors if name not in shapes and not name.startswith(KEPT)]
+
+def read_json(path: Path, folder: Path) -> dict[str, Any]:
+    """A JSON object."""
+    if not path.is_file():
+        raise InputError(folder, f"has no {path.name}", "name a folder as Hugging Face keeps models")
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"is no JSON ({error})", "give the published file") from error
+    if not isinstance(content, dict):
+        raise InputError(path, "holds no object", "give the published file")
+    return content
+
+
+def check_tensors(source: PublishedWeights, shapes: Mapping[str, tuple[int, ...]], family: Family) -> None:
+    """Raise where a tensor is missing, unknown, of another shape or no weight."""
+    missing = [name for name in shapes if name not in source.tensors and not name.endswith(family.optional)]
+    unknown = [name for name in source.tensors if name not in shapes and not name.startswith(family.kept)]
     wrong = [
-        f"{name} {folder.tensors[name].shape}, not {shape}"
+        f"{name} {source.tensors[name].shape}, not {shape}"
         for name, shape in shapes.items()
-        if name in folder.tensors and folder.tensors[name].shape != shape
+        if name in source.tensors and source.tensors[name].shape != shape
     ]
     other = [
-        f"{name} {folder.tensors[name].dtype}"
+        f"{name} {source.tensors[name].dtype}"
         for name in shapes
-        if name in folder.tensors and folder.tensors[name].dtype not in DTYPES
+        if name in source.tensors and source.tensors[name].dtype not in DTYPES
     ]
     mend = "give the weights that belong to its config.json"
     for problem, names in (
@@ -115,14 +157,35 @@ def check_tensors(
         ("has tensors that are neither float32, bfloat16 nor float16:", other),
     ):
         if names:
-            raise InputError(folder.path, f"{problem} {', '.join(names)}", mend)
+            raise InputError(source.path, f"{problem} {', '.join(names)}", mend)
 
 
-def write_folder(path: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], card: str) -> None:
+def write_folder(
+    path: Path, config: dict[str, Any], tensors: Tensors, card: str, vocab: dict[str, int] | None
+) -> None:
     """Write a folder that torch's tools read too; `path` must be there and empty."""
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, path / TENSORS, metadata={"format": "pt"})
     (path / CARD).write_text(card)
+    if vocab is not None:
+        (path / VOCAB).write_text(json.dumps(vocab, indent=2) + "\n")
+
+
+def write_checkpoint(path: Path, config: dict[str, Any], tensors: Tensors, step: int) -> None:
+    """Write a file that the authors' ``LightningModule.load_from_checkpoint`` reads."""
+    torch = _torch(path)
+    state = {name: _to_torch(tensor) for name, tensor in tensors.items()}
+    torch.save(
+        {
+            "state_dict": state,
+            "hyper_parameters": config,
+            "epoch": 0,
+            "global_step": step,
+            "pytorch-lightning_version": "2.0.0",
+            "scfm_jax": __version__,
+        },
+        path,
+    )
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -132,19 +195,29 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(path, f"cannot be read ({error})", "get the file again") from error
 
 
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+def _torch(path: Path) -> Any:
     try:
         import torch
     except ImportError as error:
         raise InputError(
-            path, "is a pickle, which torch alone reads", "pip install torch, or give model.safetensors"
+            path, "is a pickle, which torch alone reads and writes", "pip install torch, or use a folder"
         ) from error
+    return torch
+
+
+def _unpickle(path: Path) -> Any:
+    """What a pickle of plain values and tensors holds; nothing in it is executed."""
+    torch = _torch(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle makes it raise
         raise InputError(
             path, f"is not plain weights ({_first_line(error)})", "give model.safetensors"
         ) from error
+
+
+def _tensors(path: Path, content: Any) -> Tensors:
+    torch = _torch(path)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()
     ):
@@ -168,3 +241,12 @@ def _from_torch(tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _to_torch(tensor: np.ndarray) -> Any:
+    import torch
+
+    own = np.array(tensor)  # torch warns of memory that it may not write to
+    if own.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,30 @@ from flax import nnx
 from jax import export
 from jaxtyping import Array, Float, Int
 
-from scfm_jax.data.batch import TissueBatch
-from scfm_jax.downstream.embed import embed_batch
-from scfm_jax.downstream.model import open_model
+from scfm_jax.data.batch import SentenceBatch, TissueBatch
+from scfm_jax.downstream.embed import EmbeddingConfig, embed_batch, embed_sentences
+from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.export.card import model_card
 from scfm_jax.export.folder import CARD
-from scfm_jax.export.weights import new_folder
+from scfm_jax.export.weights import FAMILIES, new_path
 from scfm_jax.models.functional import abstract, count_parameters
+from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.training.task import model_builder
 
 FUNCTION, INPUTS, GENES = "embed.stablehlo", "inputs.json", "vocabulary.json"
+Shapes = dict[str, tuple[tuple[Any, ...], Any]]
 
 
 def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> int:
     """Write ``embed.stablehlo``, what it takes, the genes, and a model card.
 
-    The function takes ``genes``, ``counts`` and ``cells`` (int32, batch x length: the tokens of a cell and
-    its neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at padding,
-    on the right), ``totals`` (int32, batch x cells), ``offsets`` (float32, batch x cells x 2, um) and
-    ``target_sum`` (float32, batch), and gives float32, batch x width. Batch and length are symbolic. It
-    attends plainly: memory grows with the square of the length.
+    AIDO.Tissue: the function takes ``genes``, ``counts`` and ``cells`` (int32, batch x length: the tokens of
+    a cell and its neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at
+    padding, on the right), ``totals`` (int32, batch x cells), ``offsets`` (float32, batch x cells x 2, um)
+    and ``target_sum`` (float32, batch). Nicheformer: ``tokens``, ``positions`` and ``segments`` (int32, batch
+    x length, as `RankReader` makes them) and ``lengths`` (int32, batch). Both give float32, batch x width:
+    the mean over the cell's genes. Batch and length are symbolic. It attends plainly: memory grows with the
+    square of the length.
 
     Returns
     -------
@@ -42,7 +47,32 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
     config, n_genes = model.config, len(model.vocabulary)
     plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
     graph, _, _ = abstract(model_builder(plain, n_genes))
-    _, sample, objective = config.tissue()
+    rows, length = export.symbolic_shape("b, s")
+    ranks = isinstance(config.model, NicheformerConfig)
+    embed, shapes = (_of_sentences if ranks else _of_tissue)(model, graph, rows, length)
+    function = export.export(jax.jit(embed), platforms=("cpu", "cuda", "tpu"))(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes.values())
+    )
+    described = {
+        name: {"shape": [str(size) for size in shape], "dtype": jnp.dtype(kind).name}
+        for name, (shape, kind) in shapes.items()
+    }
+    inside = count_parameters(model.parameters)
+    card = model_card(run, model.step, n_genes, licence, inside, model.hash, FAMILIES[type(config.model)])
+    with new_path(folder) as scratch:
+        scratch.mkdir()
+        (scratch / FUNCTION).write_bytes(function.serialize())
+        (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
+        model.vocabulary.save(scratch / GENES)
+        (scratch / CARD).write_text(card)
+    return inside
+
+
+def _of_tissue(
+    model: TrainedModel, graph: nnx.GraphDef, rows: Any, length: Any
+) -> tuple[Callable[..., Array], Shapes]:
+    n_genes = len(model.vocabulary)
+    _, sample, objective = model.config.tissue()
     cells = sample.neighbours + 1
 
     def embed(
@@ -78,8 +108,7 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
             pooling="mean",
         )
 
-    rows, length = export.symbolic_shape("b, s")
-    shapes: dict[str, tuple[tuple[Any, ...], Any]] = {
+    return embed, {
         "genes": ((rows, length), jnp.int32),
         "counts": ((rows, length), jnp.int32),
         "cells": ((rows, length), jnp.int32),
@@ -87,18 +116,36 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
         "offsets": ((rows, cells, 2), jnp.float32),
         "target_sum": ((rows,), jnp.float32),
     }
-    function = export.export(jax.jit(embed), platforms=("cpu", "cuda", "tpu"))(
-        *(jax.ShapeDtypeStruct(*shape) for shape in shapes.values())
-    )
-    described = {
-        name: {"shape": [str(size) for size in shape], "dtype": jnp.dtype(kind).name}
-        for name, (shape, kind) in shapes.items()
+
+
+def _of_sentences(
+    model: TrainedModel, graph: nnx.GraphDef, rows: Any, length: Any
+) -> tuple[Callable[..., Array], Shapes]:
+    _, sentence, _ = model.config.nicheformer()
+
+    def embed(
+        tokens: Int[Array, "b s"],
+        positions: Int[Array, "b s"],
+        segments: Int[Array, "b s"],
+        lengths: Int[Array, " b"],
+    ) -> Float[Array, "b d"]:
+        number = jnp.zeros(tokens.shape[0], jnp.uint32)
+        batch = SentenceBatch(
+            tokens=tokens,
+            positions=positions,
+            segments=segments,
+            lengths=lengths,
+            places=jnp.zeros((tokens.shape[0], 1), jnp.int32) - 1,
+            cut=number.astype(jnp.int32),
+            index=number,
+            draw=number,
+            weight=jnp.ones(tokens.shape[0]),
+        )
+        return embed_sentences(nnx.merge(graph, model.parameters), batch, EmbeddingConfig(), sentence.length)
+
+    return embed, {
+        "tokens": ((rows, length), jnp.int32),
+        "positions": ((rows, length), jnp.int32),
+        "segments": ((rows, length), jnp.int32),
+        "lengths": ((rows,), jnp.int32),
     }
-    inside = count_parameters(model.parameters)
-    card = model_card(run, model.step, n_genes, licence, inside, model.hash)
-    with new_folder(folder) as scratch:
-        (scratch / FUNCTION).write_bytes(function.serialize())
-        (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
-        model.vocabulary.save(scratch / GENES)
-        (scratch / CARD).write_text(card)
-    return inside

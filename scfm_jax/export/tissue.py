@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from scfm_jax.errors import InputError
+from scfm_jax.export.family import Family
 from scfm_jax.models.embeddings import padded_size
 from scfm_jax.models.functional import Parameters
 from scfm_jax.models.rotary import inverse_frequencies
 from scfm_jax.models.tissue import DEPTH_TOKENS, PAD_TOKENS, TissueConfig
 from scfm_jax.models.transformer import TransformerConfig
+from scfm_jax.training.config import RunConfig
 
 MODEL_TYPE = "cellspatialfoundation"
 TABLE = "position_embedding.weight"
@@ -174,6 +176,15 @@ _FIELDS: dict[str, tuple[Any, Any]] = {
 _NORMS = {"RMSNorm": "rms", "LayerNorm": "layer"}
 
 
+def _configure(content: dict[str, Any], recipe: RunConfig, where: str) -> tuple[RunConfig, int]:
+    """The recipe with the encoder of a folder, and a decoder of its geometry as deep as the recipe's."""
+    wanted, _, _ = recipe.tissue()
+    found, n_genes = tissue_config(content, wanted.decoder.layers, where)
+    geometry = ("encoder", "decoder", "bins", "bin_alpha", "init_std")
+    model = replace(wanted, **{name: getattr(found, name) for name in geometry})
+    return replace(recipe, model=model), n_genes
+
+
 def tissue_config(content: dict[str, Any], decoder_layers: int, where: str) -> tuple[TissueConfig, int]:
     """Our config and the number of genes that a published ``config.json`` describes.
 
@@ -191,9 +202,6 @@ def tissue_config(content: dict[str, Any], decoder_layers: int, where: str) -> t
     InputError
         Another architecture, or a missing field.
     """
-    kind = content.get("model_type")
-    if kind != MODEL_TYPE:
-        raise InputError(where, f"the field 'model_type' is {kind!r}", f"give a folder of {MODEL_TYPE!r}")
     for field, value in _FIXED.items():
         if content.get(field, value) != value:
             raise InputError(
@@ -268,6 +276,26 @@ def published_config(config: TissueConfig, n_genes: int, dtype: str) -> dict[str
         "_use_flash_attention_2": True,
         **_FIXED,
     }
+
+
+TISSUE = Family(
+    title="AIDO.Tissue",
+    summary="A cell and its spatial neighbours, pretrained by column masking (AIDO.Tissue).",
+    model_type=MODEL_TYPE,
+    recipe="tissue_3m",
+    prefix="bert.",
+    heads=("cls.",),
+    kept=("cls.",),
+    optional=(INVERSE_FREQUENCIES,),
+    prefixes_own=False,
+    configure=_configure,
+    shapes=lambda run, n_genes: published_shapes(run.tissue()[0], n_genes),
+    from_published=lambda tensors, run, n_genes: from_published(tensors, run.tissue()[0]),
+    to_published=lambda parameters, run, n_genes: to_published(parameters, run.tissue()[0], n_genes),
+    published_config=lambda run, n_genes, form: published_config(run.tissue()[0], n_genes, "float32"),
+    unused=lambda run, form: {},
+    check=lambda run: None,
+)
 
 
 def _put(tree: Parameters, path: tuple[str, ...], leaf: np.ndarray) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,164 +18,232 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from scfm_jax.data.ranks import read_means
 from scfm_jax.errors import InputError
 from scfm_jax.export.card import model_card
-from scfm_jax.export.folder import KEPT, PREFIX, check_tensors, read_folder, write_folder
-from scfm_jax.export.tissue import (
-    INVERSE_FREQUENCIES,
-    from_published,
-    published_config,
-    published_shapes,
-    tissue_config,
-    to_published,
+from scfm_jax.export.family import Family, Form, Tensors
+from scfm_jax.export.folder import (
+    VOCAB,
+    check_tensors,
+    published_family,
+    read_published,
+    write_checkpoint,
+    write_folder,
 )
+from scfm_jax.export.nicheformer import NICHEFORMER, published_vocab, vocabulary_of
+from scfm_jax.export.tissue import TISSUE
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import abstract, initialise, parameters_hash
+from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.optimiser import make_optimiser
-from scfm_jax.training.run import describe_run, read_run, restore_parameters
+from scfm_jax.training.run import MEANS, describe_run, read_run, restore_parameters
 from scfm_jax.training.task import model_builder
 
-# What a run directory keeps of the folder it came from: all that our parameters do not hold.
+FAMILIES: dict[type, Family] = {TissueConfig: TISSUE, NicheformerConfig: NICHEFORMER}
+# What a run directory keeps of the weights it came from: all that our parameters do not hold.
 _ORIGIN, _VERBATIM = "published.json", "published.safetensors"
 
 
-def import_run(folder: Path, run: Path, recipe: RunConfig, vocabulary: Vocabulary | None = None) -> int:
-    """Make a run directory at step 0 from a folder of published weights.
+def family_of(path: Path) -> Family:
+    """The family of published weights; errors as of `published_family`."""
+    return published_family(path, tuple(FAMILIES.values()))
 
-    The encoder's geometry comes from the folder and replaces the recipe's; the decoder, which no published
-    folder holds, starts from the recipe's seed, with the encoder's geometry and as many layers as the recipe
-    says. Weights become float32; the folder's dtypes are remembered.
+
+def import_run(
+    path: Path,
+    run: Path,
+    recipe: RunConfig,
+    vocabulary: Vocabulary | None = None,
+    *,
+    gene_names: Mapping[str, str] | None = None,
+    technology_means: Mapping[str, Path] | None = None,
+) -> int:
+    """Make a run directory at step 0 from published weights.
+
+    The geometry comes with the weights and replaces the recipe's. What no published form holds (the decoder
+    of AIDO.Tissue) starts from the recipe's seed. Weights become float32; their dtypes are remembered.
 
     Parameters
     ----------
-    folder
-        ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``).
+    path
+        A folder with ``config.json`` and ``model.safetensors`` (or ``pytorch_model.bin``), or Nicheformer's
+        Lightning checkpoint.
     run
         The new run directory.
     recipe
         The experiment that the weights are for.
     vocabulary
-        Its genes, in the order of the table. Without one the run can be exported, not used.
+        Their genes, in the order of the table. If not given, those of the folder's ``vocab.json``; without
+        either the run can be exported, not used.
+    gene_names
+        Symbols of the genes of ``vocab.json``.
+    technology_means
+        Nicheformer: for each technology the ``.npy`` file of means that cells are to be ranked against.
 
     Returns
     -------
-    Parameters that were imported, padding in memory not counted.
+    Parameters that were imported; what the published code holds and does not use is not counted.
 
     Raises
     ------
     InputError
-        As the readers' errors say, an existing output, or a vocabulary of another length.
+        As the readers' errors say, an existing output, or a vocabulary or means of another length.
     """
-    source = read_folder(folder)
-    wanted, _, _ = recipe.tissue()
-    model, n_genes = tissue_config(source.config, wanted.decoder.layers, str(folder / "config.json"))
-    model = replace(
-        wanted,
-        encoder=model.encoder,
-        decoder=model.decoder,
-        bins=model.bins,
-        bin_alpha=model.bin_alpha,
-        init_std=model.init_std,
-    )
-    shapes = published_shapes(model, n_genes)
-    check_tensors(source, shapes, optional=(INVERSE_FREQUENCIES,))
+    family = family_of(path)
+    source = read_published(path, family)
+    where = path / "config.json" if source.form == "folder" else path
+    config, n_genes = family.configure(source.config, recipe, str(where))
+    shapes = family.shapes(config, n_genes)
+    check_tensors(source, shapes, family)
+    if vocabulary is None and source.vocab is not None and family is NICHEFORMER:
+        vocabulary = vocabulary_of(source.vocab, n_genes, str(path / VOCAB), gene_names)
     if vocabulary is not None and len(vocabulary) != n_genes:
         raise InputError(
-            folder,
-            f"is of {n_genes:,} genes (max_position_embeddings), the vocabulary of {len(vocabulary):,}",
+            path,
+            f"is of {n_genes:,} genes, the vocabulary of {len(vocabulary):,}",
             "give the vocabulary that the weights were trained with",
         )
-    config = replace(recipe, model=model)
+    means = {name: read_means(file, n_genes) for name, file in (technology_means or {}).items()}
+    if means and family is not NICHEFORMER:
+        raise InputError(path, "does not rank genes, so it has no technology means", "leave them out")
     build = model_builder(config, n_genes)
-    published = jax.tree.map(jnp.asarray, from_published(source.tensors, model))
+    published = jax.tree.map(jnp.asarray, family.from_published(source.tensors, config, n_genes))
     parameters = {**initialise(build, jax.random.key(config.seed)), **published}
     state = {
         "parameters": parameters,
         "optimiser": make_optimiser(config.optimiser, abstract(build)[2]).init(parameters),
         "step": jnp.zeros((), jnp.int32),
     }
-    own = {name for name in shapes if not name.endswith(INVERSE_FREQUENCIES)}
+    own = {name for name in shapes if not (family.optional and name.endswith(family.optional))}
     origin = {
+        "form": source.form,
         "config": source.config,
         "n_genes": n_genes,
         "prefixed": source.prefixed,
+        "vocab": source.vocab,
         "dtypes": {name: str(tensor.dtype) for name, tensor in source.tensors.items() if name in own},
     }
-    with new_folder(run) as scratch:
+    with new_path(run) as scratch:
+        scratch.mkdir()
         describe_run(scratch, config, vocabulary, "")
         (scratch / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
         verbatim = {name: tensor for name, tensor in source.tensors.items() if name not in own}
         save_file(verbatim, scratch / _VERBATIM)
+        if means:
+            (scratch / MEANS).mkdir()
+        for name, values in means.items():
+            np.save(scratch / MEANS / f"{name}.npy", values)
         with Checkpoints(scratch / "checkpoints") as checkpoints:
             checkpoints.save(0, state)
     return sum(source.tensors[name].size for name in own)
 
 
-def export_run(run: Path, folder: Path, *, licence: str = "unknown") -> int:
-    """Write the encoder of a run as a folder that the authors' class loads.
+@dataclass(frozen=True)
+class Exported:
+    """Numbers of parameters: of the model, and of what the published code holds beside it, unused."""
 
-    A run that was imported gives back its own names, dtypes, config and the tensors that were only kept; any
-    other gives float32 and a ``config.json`` of its geometry. A model card goes with it.
+    parameters: int
+    unused: int
 
-    Returns
-    -------
-    Parameters that were exported; what was only kept is not counted.
+
+def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "unknown") -> Exported:
+    """Write a run as the authors' class loads it.
+
+    A run that was imported gives back, in the form that it came in, its own names, dtypes, config and the
+    tensors that were only kept. Any other, or another form, gives float32 and a config of its geometry; what
+    the authors' class holds and does not use is zero. A model card goes with a folder.
+
+    Parameters
+    ----------
+    run
+        A run directory.
+    out
+        The new folder or file.
+    form
+        ``folder``, or for Nicheformer ``lightning``, a checkpoint.
+    licence
+        An SPDX identifier for the model card.
 
     Raises
     ------
     InputError
-        No run there, or an existing output.
+        No run there, an existing output, or a model that the published form cannot hold.
     """
     config, _ = read_run(run)
-    origin: dict[str, Any] | None = None
-    verbatim: dict[str, np.ndarray] = {}
-    if (run / _ORIGIN).is_file():
-        try:
-            origin, verbatim = json.loads((run / _ORIGIN).read_text()), load_file(run / _VERBATIM)
-        except (ValueError, OSError, SafetensorError) as error:
-            raise InputError(
-                run, f"what it was imported from cannot be read ({error})", "import it again"
-            ) from error
+    family = FAMILIES[type(config.model)]
+    family.check(config)
+    if form == "lightning" and family is not NICHEFORMER:
+        raise InputError(run, f"is of {family.title}, which has no Lightning form", "use --format published")
+    origin, verbatim = _origin(run)
     genes = run / "vocabulary.json"
-    if genes.is_file():
-        n_genes = len(Vocabulary.read(genes))
+    vocabulary = Vocabulary.read(genes) if genes.is_file() else None
+    if vocabulary is not None:
+        n_genes = len(vocabulary)
     elif origin:
         n_genes = origin["n_genes"]
     else:
         raise InputError(run, "does not know its genes (no vocabulary.json)", "train or import it again")
     _, parameters, step = restore_parameters(run, config, n_genes)
-    model, _, _ = config.tissue()
-    tensors = to_published(parameters, model, n_genes)
-    weights = {name: x for name, x in sorted(tensors.items()) if not name.endswith(INVERSE_FREQUENCIES)}
-    exported = sum(x.size for x in weights.values())
-    card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights))
-    if origin:
+    tensors = family.to_published(parameters, config, n_genes)
+    weights = {
+        name: tensor
+        for name, tensor in sorted(tensors.items())
+        if not (family.optional and name.endswith(family.optional))
+    }
+    exported = sum(tensor.size for tensor in weights.values())
+    card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights), family)
+    if origin and origin["form"] == form:
         dtypes = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in origin["dtypes"].items()}
-        tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()} | verbatim
-        content = origin["config"]
-        if origin["prefixed"]:
-            tensors = {
-                name if name.startswith(KEPT) else PREFIX + name: tensor for name, tensor in tensors.items()
-            }
+        tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()}
+        content, prefixed, unused = origin["config"], origin["prefixed"], verbatim
     else:
-        content = published_config(model, n_genes, "float32")
-    with new_folder(folder) as scratch:
-        write_folder(scratch, content, tensors, card)
-    return exported
+        content, prefixed = family.published_config(config, n_genes, form), family.prefixes_own
+        unused = {
+            name: verbatim.get(name, np.zeros(shape, np.float32))
+            for name, shape in family.unused(config, form).items()
+        }
+    tensors = {**tensors, **unused}
+    vocab = origin["vocab"] if origin else None
+    if vocab is None and vocabulary is not None and isinstance(config.model, NicheformerConfig):
+        vocab = published_vocab(vocabulary, config.nicheformer()[1])
+    with new_path(out) as scratch:
+        if form == "lightning":
+            write_checkpoint(scratch, content, tensors, step)
+        else:
+            scratch.mkdir()
+            named = {
+                family.prefix + name if prefixed and not name.startswith(family.heads) else name: tensor
+                for name, tensor in tensors.items()
+            }
+            write_folder(scratch, content, named, card, vocab)
+    counted = (name for name in unused if not (family.optional and name.endswith(family.optional)))
+    return Exported(exported, sum(unused[name].size for name in counted))
+
+
+def _origin(run: Path) -> tuple[dict[str, Any] | None, Tensors]:
+    """What an imported run keeps of where it came from."""
+    if not (run / _ORIGIN).is_file():
+        return None, {}
+    try:
+        return json.loads((run / _ORIGIN).read_text()), load_file(run / _VERBATIM)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise InputError(
+            run, f"what it was imported from cannot be read ({error})", "import it again"
+        ) from error
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name when all of it is written, and not at all after an error."""
+def new_path(path: Path) -> Iterator[Path]:
+    """Where to write what appears under `path` when it is whole, and not at all after an error."""
     if os.path.lexists(path):
         raise InputError(path, "exists already", "name another folder or remove it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".scfm.") as scratch:
             inside = Path(scratch) / path.name
-            inside.mkdir()
             yield inside
             inside.rename(path)
     except OSError as error:

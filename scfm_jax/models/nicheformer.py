@@ -18,11 +18,8 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
 from scfm_jax.models.transformer import make_linear
+from scfm_jax.reserved_tokens import RESERVED_TOKENS, SPARE_ROWS
 
-# Mask, padding, cls; modality, species, assay: the published reservation in front of the genes.
-RESERVED_TOKENS = 30
-# Rows of the published table beyond the last class.
-SPARE_ROWS = 5
 SEGMENTS = 2
 
 

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scfm_jax.data.batch import SentenceBatch
 from scfm_jax.data.masks import token_bits, under
-from scfm_jax.data.ranks import FIRST_GENE, MASK, TokenMask, maskable
+from scfm_jax.data.ranks import TokenMask, maskable
 from scfm_jax.models.nicheformer import Nicheformer
+from scfm_jax.reserved_tokens import FIRST_GENE, MASK
 
 # The first of the tokens that the released code draws at random.
 _PUBLISHED_FIRST_RANDOM = 10
@@ -86,7 +87,8 @@ def masked_genes_loss(
     Returns
     -------
     ``loss`` and ``weight`` (their ratio is the cross-entropy in nats), ``top1_error`` and ``top1_count``
-    (masked genes that are not the most likely one), ``tokens``, the real tokens that the encoder saw.
+    (masked genes that are not the most likely one), ``cut_share`` and ``cut_count`` (of the cells' genes,
+    those that their sentences had no room for), ``tokens``, the real tokens that the encoder saw.
     """
     seen, masked = corrupted(batch, key, config, model.n_tokens)
     hidden = model.encode(seen, batch.positions, batch.segments, batch.lengths)
@@ -100,10 +102,14 @@ def masked_genes_loss(
     entry = (places >= 0) * batch.weight[:, None]
     surprise = -jnp.take_along_axis(jax.nn.log_softmax(logits), truth[..., None], axis=-1)[..., 0]
     missed = logits.argmax(-1) != truth
+    real = jnp.arange(seen.shape[1]) < batch.lengths[:, None]
+    genes = (real & maskable(batch.tokens, batch.segments, context=False)).sum(1)
     return {
         "loss": jnp.where(agree, (entry * surprise).sum(), jnp.nan),
         "weight": entry.sum(),
         "top1_error": (entry * missed).sum(),
         "top1_count": entry.sum(),
+        "cut_share": (batch.cut * batch.weight).sum(),
+        "cut_count": ((batch.cut + genes) * batch.weight).sum(),
         "tokens": (batch.lengths * batch.weight).sum(),
     }

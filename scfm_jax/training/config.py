@@ -36,12 +36,21 @@ class OptimiserConfig:
         ``adamw`` (published), or ``muon``: momentum made orthogonal for matrices, Nadam for the rest (ours; a
         small model of real tissue learns in a fifth of the samples).
     steps
-        Length of the run and of the schedule.
+        Length of the run.
+    schedule_steps
+        Length of the schedule; 0 is that of the run.
+    schedule
+        ``warmup_cosine``: a line from the initial to the peak rate, then a cosine to the final one.
+        ``product``: as Nicheformer's code has it, a cosine from step 0 to zero, times a line from zero over
+        the warm-up, but never below the final rate; it reads no initial rate.
     initial_rate, peak_rate, final_rate
         Learning rate at step 0, after `warmup_steps`, and at the end (warm-up length and final rate are
         ours).
     b1, b2, epsilon, weight_decay
-        Of AdamW (Muon's momentum is `b2`); biases, norms and other vectors do not decay (ours).
+        Of AdamW (Muon's momentum is `b2`).
+    decay
+        What decays: ``matrices``, not biases, norms and other vectors (ours), or ``all``, as PyTorch's AdamW
+        does by default.
     clip
         Global norm that gradients are clipped to.
     accumulation
@@ -50,6 +59,8 @@ class OptimiserConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     steps: int = 150_000
+    schedule_steps: int = 0
+    schedule: Literal["warmup_cosine", "product"] = "warmup_cosine"
     initial_rate: float = 2e-5
     peak_rate: float = 2e-4
     final_rate: float = 2e-5
@@ -58,6 +69,7 @@ class OptimiserConfig:
     b2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.01
+    decay: Literal["matrices", "all"] = "matrices"
     clip: float = 1.0
     accumulation: int = 1
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -17,12 +18,21 @@ MUON_RMS = 0.2
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Linear from the initial to the peak rate, then a cosine to the final one."""
+    """The learning rate of each step; see `OptimiserConfig.schedule`."""
+    steps = max(config.schedule_steps or config.steps, 1)
+    if config.schedule == "product":
+        warmup, cosine = config.warmup_steps, optax.cosine_decay_schedule(config.peak_rate, steps)
+
+        def rate(step: jax.typing.ArrayLike) -> jax.Array:
+            rising = jnp.minimum(jnp.asarray(step) / max(warmup, 1), 1.0)
+            return jnp.maximum(cosine(step) * rising, config.final_rate)
+
+        return rate
     return optax.warmup_cosine_decay_schedule(
         init_value=config.initial_rate,
         peak_value=config.peak_rate,
-        warmup_steps=min(config.warmup_steps, max(config.steps - 1, 0)),
-        decay_steps=max(config.steps, 1),
+        warmup_steps=min(config.warmup_steps, steps - 1),
+        decay_steps=steps,
         end_value=config.final_rate,
     )
 
@@ -33,7 +43,7 @@ def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransfo
     Parameters
     ----------
     names
-        Tree of logical names: a parameter with two named axes or more, layers aside, is a matrix and decays.
+        Tree of logical names: a parameter with two named axes or more, layers aside, is a matrix.
         Muon takes the matrices that have a named axis, each stacked layer's on its own, and leaves the gene
         table, biases and norms to Nadam without decay.
     """
@@ -42,7 +52,7 @@ def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransfo
         return jax.tree.map(rule, names, is_leaf=lambda node: isinstance(node, tuple))
 
     rate = learning_rate(config)
-    decays = of_each(lambda logical: len(_own_axes(logical)) >= 2)
+    decays = of_each(lambda logical: config.decay == "all" or len(_own_axes(logical)) >= 2)
     if config.name == "adamw":
         method = optax.adamw(
             rate,

@@ -8,11 +8,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.loader import Loader, evaluation_batches
+from scfm_jax.data.mixture import slide_kinds
 from scfm_jax.data.ranks import RankReader
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
@@ -38,12 +41,16 @@ class Task:
         (training cells, host) to the loader.
     evaluation
         Cells to batches that hold each of them once, with the mask of a constant step.
+    kinds, drawn
+        Names of the kinds of slides, and from cell numbers to how many there are of each kind.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[Any, Any, jax.Array], dict[str, jax.Array]]
     loader: Callable[[np.ndarray, tuple[int, int]], Loader]
     evaluation: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any]]]
+    kinds: list[str]
+    drawn: Callable[[jax.Array], jax.Array]
 
 
 def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -64,6 +71,7 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
         Positions in um where the unit of a slide is not known, or a sentence longer than the positions.
     """
     objective = run.objective
+    kinds, kind_of_slide = slide_kinds(corpus)
     return Task(
         build=model_builder(run, len(corpus.vocabulary)),
         loss=_loss(run, corpus),
@@ -73,6 +81,18 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
         evaluation=lambda cells: evaluation_batches(
             corpus, cells, run.data, seed=run.seed, rates=objective.rates, draw=EVALUATION_STEP
         ),
+        kinds=kinds,
+        drawn=_count_kinds(corpus, kind_of_slide, len(kinds)),
+    )
+
+
+def _count_kinds(
+    corpus: Corpus, kind_of_slide: Int64[np.ndarray, " n"], n_kinds: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Cell numbers, on a device, to how many there are of each kind of slide."""
+    ends, of_slide = corpus.slide_starts[1:].astype(np.uint32), kind_of_slide.astype(np.int32)
+    return lambda cells: jnp.bincount(
+        jnp.asarray(of_slide)[jnp.searchsorted(jnp.asarray(ends), cells, side="right")], length=n_kinds
     )
 
 

@@ -68,7 +68,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     shardings = state_shardings(mesh, optimiser, shapes, names)
     key = jax.random.key(config.seed)
     step_fn = jax.jit(
-        make_step(config, graph, task.loss, optimiser, key),
+        make_step(config, graph, task, optimiser, key),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -120,6 +120,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
                         "real_tokens": float(sums["tokens"]) / size,
                         "tokens_per_second": round(speed, 1),
                         "learning_rate": float(rates(step - 1)),
+                        "drawn": {
+                            kind: int(n) for kind, n in zip(task.kinds, sums["drawn"], strict=True) if n
+                        },
                     }
                     writer.write(row)
                     report(row)
@@ -182,7 +185,7 @@ def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: An
 def make_step(
     config: RunConfig,
     graph: nnx.GraphDef,
-    loss: Callable[[Any, Any, jax.Array], dict[str, jax.Array]],
+    task: Task,
     optimiser: optax.GradientTransformation,
     key: jax.Array,
 ) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
@@ -193,7 +196,7 @@ def make_step(
     """
 
     def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss(nnx.merge(graph, parameters), batch, key)
+        sums = task.loss(nnx.merge(graph, parameters), batch, key)
         return sums["loss"], sums
 
     def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -223,7 +226,7 @@ def make_step(
             "optimiser": moments,
             "step": state["step"] + 1,
         }
-        return new, {**sums, "gradient_norm": optax.tree.norm(gradients)}
+        return new, {**sums, "gradient_norm": optax.tree.norm(gradients), "drawn": task.drawn(batch.index)}
 
     return step
 
@@ -283,12 +286,12 @@ def evaluate_cells(
 
 
 def summary(sums: dict[str, Any]) -> dict[str, float]:
-    """Means of the sums that an objective returns: each ``X_error`` over its ``X_count``."""
+    """Means of the sums that an objective returns: each ``X_error`` or ``X_share`` over its ``X_count``."""
     means = {"loss": float(sums["loss"]) / max(float(sums["weight"]), 1e-9)}
     for name in sums:
-        if name.endswith("_error"):
-            count = float(sums[name.replace("_error", "_count")])
-            means[name] = float(sums[name]) / max(count, 1e-9)
+        what, _, kind = name.rpartition("_")
+        if kind in ("error", "share"):
+            means[name] = float(sums[name]) / max(float(sums[f"{what}_count"]), 1e-9)
     if "gradient_norm" in sums:
         means["gradient_norm"] = float(sums["gradient_norm"])
     return means

@@ -108,6 +108,7 @@ def sentences(case: Case) -> SentenceBatch:
         segments=np.zeros_like(tokens),
         lengths=LENGTHS,
         places=np.full((ROWS, 1), -1, np.int32),
+        cut=np.zeros(ROWS, np.int32),
         index=np.arange(ROWS, dtype=np.uint32),
         draw=np.zeros(ROWS, np.uint32),
         weight=np.ones(ROWS, np.float32),
@@ -191,7 +192,11 @@ def test_pooling(case: Case, theirs: Oracle, over: Any) -> None:
     real = np.arange(LENGTH) < LENGTHS[:, None]
     with torch.no_grad():
         states, _ = theirs(torch.as_tensor(batch.tokens).long(), torch.as_tensor(~real))
-    chosen = {"genes": real & (batch.tokens >= 30), "context": real, "padding": np.ones_like(real)}[over]
+    chosen = {
+        "genes": real & (batch.tokens >= 30),
+        "context": real,
+        "padding": np.arange(LENGTH) >= 3 + 0 * real,
+    }[over]
     stated = (states[-1].numpy() * chosen[..., None]).sum(1) / chosen.sum(1, keepdims=True)
     short = batch.replace(
         **{name: getattr(batch, name)[:, :-1] for name in ("tokens", "positions", "segments")}

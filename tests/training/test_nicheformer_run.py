@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 
 from scfm_jax.corpus import Corpus, Source
-from scfm_jax.data.ranks import RankConfig
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells, embed_file
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.errors import InputError
-from scfm_jax.models.nicheformer import NicheformerConfig
-from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.training.config import RunConfig, override
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.run import read_run
@@ -26,29 +23,8 @@ from scfm_jax.training.train import train
 
 
 @pytest.fixture(scope="module")
-def ranks(config: RunConfig) -> RunConfig:
-    sample = RankConfig(length=20, extra_assays=("simscope", "simseq"), niche_neighbours=3, niche_length=10)
-    return dataclasses.replace(
-        config,
-        name="ranks",
-        model=NicheformerConfig(
-            layers=2, heads=2, width=16, hidden=24, positions=20, niche=True, attention="plain"
-        ),
-        data=dataclasses.replace(config.data, sample=sample),
-        objective=MaskedGenesConfig(rate=0.3),
-    )
-
-
-@pytest.fixture(scope="module")
-def run(ranks: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "ranks"
-    assert train(ranks, folder) == 6
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(run: Path) -> TrainedModel:
-    return open_model(run)
+def model(run_with_niche: Path) -> TrainedModel:
+    return open_model(run_with_niche)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -56,24 +32,24 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
-def test_its_rows_and_config(run: Path, ranks: RunConfig) -> None:
-    held_out = [row for row in rows_of(run) if "held_out_loss" in row]
+def test_its_rows_and_config(run_with_niche: Path, ranks: RunConfig) -> None:
+    held_out = [row for row in rows_of(run_with_niche) if "held_out_loss" in row]
     assert [row["step"] for row in held_out] == [2, 4, 6]
     assert all(np.isfinite(row["held_out_loss"]) for row in held_out)
     assert all(0 <= row["held_out_top1_error"] <= 1 for row in held_out)
     assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
-    assert read_run(run)[0] == ranks
+    assert read_run(run_with_niche)[0] == ranks
 
 
-def test_resumed_it_goes_on_bit_for_bit(ranks: RunConfig, run: Path, tmp_path: Path) -> None:
+def test_resumed_it_goes_on_bit_for_bit(ranks: RunConfig, run_with_niche: Path, tmp_path: Path) -> None:
     first = dataclasses.replace(ranks, optimiser=dataclasses.replace(ranks.optimiser, steps=6))
     stopped = dataclasses.replace(first, evaluate_every=2)
 
-    shutil.copytree(run, tmp_path / "again")
+    shutil.copytree(run_with_niche, tmp_path / "again")
     for step in (5, 6):
         shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step), ignore_errors=True)
     assert train(stopped, tmp_path / "again", resume=True) == 6
-    assert rows_of(tmp_path / "again") == rows_of(run)
+    assert rows_of(tmp_path / "again") == rows_of(run_with_niche)
 
 
 @pytest.mark.parametrize("over", ["genes", "context"])
@@ -96,10 +72,10 @@ def test_embeddings_of_a_file(
     assert out.uns["X_nicheformer"]["over"] == over
 
 
-def test_the_means_of_the_run_are_the_corpus_s(run: Path, corpus_path: Path) -> None:
+def test_the_means_of_the_run_are_the_corpus_s(run_with_niche: Path, corpus_path: Path) -> None:
     corpus = Corpus.open(corpus_path)
     for technology in ("simscope", "simseq"):
-        stored = np.load(run / "technology_means" / f"{technology}.npy")
+        stored = np.load(run_with_niche / "technology_means" / f"{technology}.npy")
         np.testing.assert_array_equal(stored, corpus.technology_means(technology))
 
 

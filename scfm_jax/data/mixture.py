@@ -1,0 +1,139 @@
+"""How much of each kind of slide a training run draws.
+
+Weights multiply the chance of a slide's cells; without any, all cells are drawn alike, so that a technology
+counts by its number of cells. Proportions are fixed, not drawn: every `PERIOD` positions of a shard's stream
+hold the same number of cells of each weight, so where a position leads stays a function of (seed, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.reader import Slide
+from scfm_jax.data.stream import ShardStreams
+from scfm_jax.errors import InputError
+
+PERIOD = 4_096
+_ORDER = 4  # beside the purposes of `stream` and `loader`
+
+
+def kind_of(slide: Slide) -> dict[str, str]:
+    """What sampling weights tell slides apart by."""
+    return {
+        "technology": slide.technology,
+        "species": slide.species,
+        "modality": "spatial" if slide.spatial else "dissociated",
+        "tissue": slide.tissue,
+    }
+
+
+def slide_kinds(corpus: Corpus) -> tuple[list[str], Int64[np.ndarray, " slides"]]:
+    """Names of the kinds of slides that there are, and the kind of each slide."""
+    named = [" ".join(filter(None, kind_of(slide).values())) for slide in corpus.slides]
+    kinds, of_slide = np.unique(named, return_inverse=True)
+    return kinds.tolist(), of_slide.astype(np.int64)
+
+
+def slide_weights(corpus: Corpus, entries: Sequence[str]) -> Float64[np.ndarray, " slides"]:
+    """The weight of each slide: the product of those that name it, 1 where none does.
+
+    Parameters
+    ----------
+    entries
+        ``field=value=weight``, with a field of `kind_of`: ``"technology=merfish=2"``.
+
+    Raises
+    ------
+    InputError
+        An entry that cannot be read, or one that no slide has.
+    """
+    weights = np.ones(len(corpus.slides))
+    kinds = [kind_of(slide) for slide in corpus.slides]
+    for entry in entries:
+        field, _, rest = entry.partition("=")
+        value, _, number = rest.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = -1.0
+        if (kinds and field not in kinds[0]) or not 0 <= weight < float("inf"):
+            raise InputError(
+                "data.weights",
+                f"cannot read {entry!r}",
+                f"write FIELD=VALUE=WEIGHT with a field of {', '.join(kind_of(corpus.slides[0]))}",
+            )
+        named = np.array([kind[field] == value for kind in kinds])
+        if not named.any():
+            known = ", ".join(sorted({kind[field] or "(none)" for kind in kinds}))
+            raise InputError("data.weights", f"{entry!r}: no slide has that {field}", f"there are {known}")
+        weights[named] *= weight
+    return weights
+
+
+class MixedStreams:
+    """Streams of all virtual shards, in which cells of each weight come in fixed proportions.
+
+    Parameters
+    ----------
+    centres, blocks
+        As of `ShardStreams`.
+    weights
+        Of each cell; 0 leaves it out.
+    n_shards, seed, pool_blocks
+        As of `ShardStreams`.
+
+    Raises
+    ------
+    InputError
+        No cell has a weight, or the cells of one weight lie in fewer blocks than there are shards.
+    """
+
+    def __init__(
+        self,
+        centres: Int64[np.ndarray, " n"],
+        blocks: Int64[np.ndarray, " n"],
+        weights: Float64[np.ndarray, " n"],
+        *,
+        n_shards: int,
+        seed: int,
+        pool_blocks: int,
+    ) -> None:
+        kinds = np.unique(weights[weights > 0])
+        if not len(kinds):
+            raise InputError("data.weights", "leave no cell to train on", "raise one of them")
+        groups = [weights == weight for weight in kinds]
+        self._streams = [
+            ShardStreams(centres[group], blocks[group], n_shards=n_shards, seed=seed, pool_blocks=pool_blocks)
+            for group in groups
+        ]
+        mass = np.array([weight * group.sum() for weight, group in zip(kinds, groups, strict=True)])
+        pattern = np.repeat(np.arange(len(kinds)), _share_out(mass, PERIOD))
+        self._pattern = np.random.default_rng([seed, _ORDER]).permutation(pattern)
+        self._per_period = np.bincount(self._pattern, minlength=len(kinds))
+        one_hot = self._pattern[:, None] == np.arange(len(kinds))
+        self._before = np.concatenate([np.zeros((1, len(kinds)), np.int64), one_hot.cumsum(0)])
+
+    def draw(self, shard: int, start: int, stop: int) -> Int64[np.ndarray, " m"]:
+        """Cells at positions `start` to `stop` of a shard's stream."""
+        kinds = self._pattern[np.arange(start, stop) % PERIOD]
+        cells = np.empty(stop - start, np.int64)
+        first, last = (
+            position // PERIOD * self._per_period + self._before[position % PERIOD]
+            for position in (start, stop)
+        )
+        for kind, streams in enumerate(self._streams):
+            cells[kinds == kind] = streams.draw(shard, int(first[kind]), int(last[kind]))
+        return cells
+
+
+def _share_out(mass: Float64[np.ndarray, " n"], places: int) -> Int64[np.ndarray, " n"]:
+    """Places in proportion to `mass`, by largest remainder."""
+    exact = mass / mass.sum() * places
+    shares = np.floor(exact).astype(np.int64)
+    for kind in np.argsort(shares - exact, kind="stable")[: places - shares.sum()]:
+        shares[kind] += 1
+    return shares
