@@ -7,6 +7,7 @@ are. Pure functions of (parameters, batch, key) that trace under `jax.jit`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +77,54 @@ def corrupted(
     return jnp.where(masked, instead, batch.tokens), masked
 
 
+class MaskedGeneScores(NamedTuple):
+    """Of each masked place of a batch, as many columns as the widest row of ``batch.places`` has.
+
+    Attributes
+    ----------
+    entry
+        1 where there is one, 0 at padding and in rows of weight 0.
+    surprise
+        Cross-entropy of the gene that stood there, nats.
+    missed
+        Whether it is not the most likely token.
+    agree
+        Whether the loader's places and the mask drawn here are equally many.
+    """
+
+    entry: Float[Array, "b m"]
+    surprise: Float[Array, "b m"]
+    missed: Bool[Array, "b m"]
+    agree: Bool[Array, ""]
+
+
+def masked_gene_scores(
+    model: Nicheformer, batch: SentenceBatch, key: jax.Array, config: MaskedGenesConfig
+) -> MaskedGeneScores:
+    """Scores of the masked places; logits are computed there only."""
+    seen, masked = corrupted(batch, key, config, model.n_tokens)
+    hidden = model.encode(seen, batch.positions, batch.segments, batch.lengths)
+    rows, width = jnp.arange(seen.shape[0])[:, None], batch.places.shape[1]
+    slot = jnp.where(masked, jnp.cumsum(masked, axis=1) - 1, width)
+    places = jnp.full(batch.places.shape, -1).at[rows, slot].set(jnp.arange(seen.shape[1])[None], mode="drop")
+    where = jnp.maximum(places, 0)
+    logits = model.logits(jnp.take_along_axis(hidden, where[..., None], axis=1))
+    truth = jnp.take_along_axis(batch.tokens, where, axis=1)
+    return MaskedGeneScores(
+        entry=(places >= 0) * batch.weight[:, None],
+        surprise=-jnp.take_along_axis(jax.nn.log_softmax(logits), truth[..., None], axis=-1)[..., 0],
+        missed=logits.argmax(-1) != truth,
+        agree=(masked.sum(1) == (batch.places >= 0).sum(1)).all(),
+    )
+
+
 def masked_genes_loss(
     model: Nicheformer, batch: SentenceBatch, key: jax.Array, config: MaskedGenesConfig
 ) -> dict[str, Float[Array, ""]]:
     """Sums over the batch, never means, so that microbatches, devices and hosts add up to the same loss.
 
-    Logits are computed at masked places only, as many as the widest row of ``batch.places`` holds. Where the
-    loader's places and the mask drawn here differ in number, the loss is NaN rather than a part of it.
+    Where the loader's places and the mask drawn here differ in number, the loss is NaN rather than a part of
+    it.
 
     Returns
     -------
@@ -90,25 +132,14 @@ def masked_genes_loss(
     (masked genes that are not the most likely one), ``cut_share`` and ``cut_count`` (of the cells' genes,
     those that their sentences had no room for), ``tokens``, the real tokens that the encoder saw.
     """
-    seen, masked = corrupted(batch, key, config, model.n_tokens)
-    hidden = model.encode(seen, batch.positions, batch.segments, batch.lengths)
-    rows, width = jnp.arange(seen.shape[0])[:, None], batch.places.shape[1]
-    slot = jnp.where(masked, jnp.cumsum(masked, axis=1) - 1, width)
-    places = jnp.full(batch.places.shape, -1).at[rows, slot].set(jnp.arange(seen.shape[1])[None], mode="drop")
-    agree = (masked.sum(1) == (batch.places >= 0).sum(1)).all()
-    where = jnp.maximum(places, 0)
-    logits = model.logits(jnp.take_along_axis(hidden, where[..., None], axis=1))
-    truth = jnp.take_along_axis(batch.tokens, where, axis=1)
-    entry = (places >= 0) * batch.weight[:, None]
-    surprise = -jnp.take_along_axis(jax.nn.log_softmax(logits), truth[..., None], axis=-1)[..., 0]
-    missed = logits.argmax(-1) != truth
-    real = jnp.arange(seen.shape[1]) < batch.lengths[:, None]
+    scores = masked_gene_scores(model, batch, key, config)
+    real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     genes = (real & maskable(batch.tokens, batch.segments, context=False)).sum(1)
     return {
-        "loss": jnp.where(agree, (entry * surprise).sum(), jnp.nan),
-        "weight": entry.sum(),
-        "top1_error": (entry * missed).sum(),
-        "top1_count": entry.sum(),
+        "loss": jnp.where(scores.agree, (scores.entry * scores.surprise).sum(), jnp.nan),
+        "weight": scores.entry.sum(),
+        "top1_error": (scores.entry * scores.missed).sum(),
+        "top1_count": scores.entry.sum(),
         "cut_share": (batch.cut * batch.weight).sum(),
         "cut_count": ((batch.cut + genes) * batch.weight).sum(),
         "tokens": (batch.lengths * batch.weight).sum(),

@@ -11,7 +11,7 @@ from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.training.config import OptimiserConfig
 from scfm_jax.training.mesh import replicated
-from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.optimiser import learning_rate, make_optimiser
 from scfm_jax.training.train import state_shardings
 
 EIGHT = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
@@ -122,3 +122,25 @@ def test_moments_lie_beside_their_parameters() -> None:
             else:
                 assert place == replicated(EIGHT)
         assert found == moments
+
+
+def test_the_published_schedule_of_nicheformer() -> None:
+    """A cosine from step 0 over the whole schedule, times a line, never below the final rate."""
+    config = OptimiserConfig(
+        steps=50, schedule_steps=1_000, schedule="product", peak_rate=7e-4, final_rate=1e-5, warmup_steps=40
+    )
+    steps = np.arange(0, 1_200, 7)
+    stated = 7e-4 * (1 + np.cos(np.pi * np.minimum(steps, 1_000) / 1_000)) / 2 * np.minimum(steps / 40, 1)
+    said = jax.vmap(learning_rate(config))(jax.numpy.asarray(steps))
+    np.testing.assert_allclose(said, np.maximum(stated, 1e-5), rtol=1e-5)
+
+
+def test_everything_decays_where_asked() -> None:
+    names = {"matrix": ("embed", "mlp"), "norm": ("embed",)}
+    ones = {"matrix": jax.numpy.ones((2, 3)), "norm": jax.numpy.ones(2)}
+    zeros = jax.tree.map(jax.numpy.zeros_like, ones)
+    for decay, shrinks in (("matrices", 0.0), ("all", -0.1 * 0.3)):
+        optimiser = make_optimiser(dataclasses.replace(SCHEDULE, weight_decay=0.3, decay=decay), names)
+        updates, _ = optimiser.update(zeros, optimiser.init(ones), ones)
+        np.testing.assert_allclose(updates["matrix"], -0.1 * 0.3, rtol=1e-6)
+        np.testing.assert_allclose(updates["norm"], shrinks, rtol=1e-6)

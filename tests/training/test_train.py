@@ -72,7 +72,9 @@ def test_rows_of_metrics(finished: Path, config: RunConfig) -> None:
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in held_out] == [2, 4, 6]
     assert len({row["loss"] for row in training}) == 6
-    assert all(np.isfinite(value) for row in rows for value in row.values())
+    # One slide is held out: all cells come from the other.
+    assert all(row["drawn"] == {"simscope human spatial": 8} for row in training)
+    assert all(np.isfinite(value) for row in rows for name, value in row.items() if name != "drawn")
     assert all(row["gradient_norm"] > 0 and 0 < row["real_tokens"] <= 1 for row in training)
     assert held_out[-1]["held_out_loss"] < held_out[0]["held_out_loss"]
     for row in held_out:  # the mean over all entries lies between those over zeros and non-zeros
@@ -146,7 +148,8 @@ def test_accumulation_changes_the_memory_and_nothing_else(
     train(halves, tmp_path / "halves")
     for mine, whole in zip(rows_of(tmp_path / "halves"), rows_of(finished), strict=True):
         assert mine.keys() == whole.keys()
-        for name in whole:
+        assert mine.get("drawn") == whole.get("drawn")
+        for name in whole.keys() - {"drawn"}:
             np.testing.assert_allclose(mine[name], whole[name], rtol=1e-5, err_msg=name)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
