@@ -263,7 +263,7 @@ def _runs(row: Int64[np.ndarray, " m"]) -> Iterator[Int64[np.ndarray, " k"]]:
 
 
 def score_linear(
-    train: MaskedGenes, wanted: MaskedGenes, n_genes: int, *, niche: bool, most: int = 100_000
+    train: MaskedGenes, wanted: MaskedGenes, n_genes: int, *, niche: bool, most: int = 40_000
 ) -> Scores:
     """Multinomial logistic regression on what is seen: genes by rank, the masked rank, and the niche.
 
@@ -286,7 +286,7 @@ def score_linear(
         entries = np.arange(len(inner.gene))
         if len(entries) > most:
             entries = np.sort(np.random.default_rng(0).choice(entries, most, replace=False))
-        line = LogisticRegression(C=1.0, max_iter=200, tol=1e-3)
+        line = LogisticRegression(C=1.0, max_iter=100, tol=1e-3)
         line.fit(_features(inner, n_genes, niche)[entries], inner.gene[entries])
         features = _features(outer, n_genes, niche)
         at = (wanted.technology == number)[wanted.row]

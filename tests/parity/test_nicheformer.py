@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,13 +13,25 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors.torch import load_file
 
+from scfm_jax.cli import main
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.batch import SentenceBatch
+from scfm_jax.data.loader import DataConfig
+from scfm_jax.data.ranks import RankConfig
+from scfm_jax.downstream.demo import simulate_corpus
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_sentences
+from scfm_jax.downstream.model import open_model
 from scfm_jax.export.nicheformer import from_published, to_published
+from scfm_jax.export.weights import export_run
 from scfm_jax.models.functional import abstract
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig, corrupted, masked_genes_loss
+from scfm_jax.simulate import SimulationConfig
+from scfm_jax.training.config import OptimiserConfig, RunConfig
+from scfm_jax.training.train import train
 
 PAD, LENGTH, ROWS = 1, 48, 3
 LENGTHS = np.array([48, 31, 40])
@@ -174,7 +188,7 @@ def test_loss_and_gradient_of_every_parameter(case: Case, theirs: Oracle) -> Non
         return sums["loss"] / sums["weight"]
 
     value, gradient = run(parameters)
-    assert abs(float(value) / float(stated) - 1) < 1e-5
+    assert abs(float(value) / stated.item() - 1) < 1e-5
     mine = to_published(gradient, case.config, case.genes)
     slopes = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
     # PyTorch keeps the padding token's row of the table where it is; attention never reads it here either.
@@ -219,3 +233,208 @@ def test_tensors_there_and_back(case: Case, theirs: Oracle) -> None:
     assert set(back) == set(stated)
     for name, tensor in stated.items():
         np.testing.assert_array_equal(back[name], tensor.numpy())
+
+
+class Prototype(Oracle):
+    """With the layer that the released classes copy the encoder's layers from, and never run."""
+
+    def __init__(self, config: NicheformerConfig, genes: int) -> None:
+        super().__init__(config, genes)
+        self.encoder_layer = torch.nn.TransformerEncoderLayer(
+            config.width, config.heads, config.hidden, dropout=0.0, batch_first=True, layer_norm_eps=1e-12
+        )
+
+
+class LightningOracle(Prototype):
+    """What the Lightning checkpoint holds, with its heads without a loss."""
+
+    def __init__(self, config: NicheformerConfig, genes: int) -> None:
+        super().__init__(config, genes)
+        self.pooler_head = torch.nn.Linear(config.width, config.width)
+        self.cls_head = torch.nn.Linear(config.width, 164)
+
+
+class FolderOracle(torch.nn.Module):
+    """What the Hugging Face folder holds: the base model inside, the head outside."""
+
+    def __init__(self, config: NicheformerConfig, genes: int) -> None:
+        super().__init__()
+        self.nicheformer = Prototype(config, genes)
+        self.classifier_head = self.nicheformer.classifier_head
+        del self.nicheformer.classifier_head
+
+
+def hyper_parameters(case: Case) -> dict[str, Any]:
+    config = case.config
+    return {
+        "dim_model": config.width,
+        "nheads": config.heads,
+        "dim_feedforward": config.hidden,
+        "nlayers": config.layers,
+        "dropout": 0.0,
+        "batch_first": True,
+        "masking_p": 0.15,
+        "n_tokens": case.genes + 30,
+        "context_length": config.positions,
+        "lr": 7e-4,
+        "warmup": 100_000,
+        "batch_size": 9,
+        "max_epochs": 30_661_140,
+        "cls_classes": 164,
+        "supervised_task": None,
+        "learnable_pe": True,
+        "specie": True,
+        "assay": True,
+        "modality": True,
+        "contrastive": False,
+    }
+
+
+def write_checkpoint(path: Path, case: Case, model: torch.nn.Module) -> None:
+    """As Lightning writes one, with the state of an optimiser."""
+    content = {
+        "epoch": 0,
+        "global_step": 265_000,
+        "pytorch-lightning_version": "2.1.0",
+        "state_dict": model.state_dict(),
+        "hyper_parameters": hyper_parameters(case),
+        "optimizer_states": [torch.optim.AdamW(model.parameters()).state_dict()],
+        "lr_schedulers": [],
+    }
+    torch.save(content, path)
+
+
+def logits_of(model: Any, batch: SentenceBatch) -> np.ndarray:
+    """By torch, of any of the oracles."""
+    base = getattr(model, "nicheformer", model)
+    x = base.embeddings(torch.as_tensor(batch.tokens).long())
+    x = x + base.positional_embedding(torch.arange(LENGTH))
+    padding = torch.as_tensor(np.arange(LENGTH) >= LENGTHS[:, None])
+    for layer in base.encoder.layers:
+        x = layer(x, src_key_padding_mask=padding)
+    return model.classifier_head(x).detach().numpy()
+
+
+def test_a_checkpoint_comes_in_and_goes_out_in_both_forms(case: Case, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    theirs = LightningOracle(case.config, case.genes)
+    write_checkpoint(tmp_path / "nicheformer.ckpt", case, theirs)
+    assert main(["import", str(tmp_path / "nicheformer.ckpt"), str(tmp_path / "run")]) == 0
+    # The same form: every tensor and hyperparameter as it came.
+    out = tmp_path / "out.ckpt"
+    done = export_run(tmp_path / "run", out, form="lightning")
+    back = torch.load(out, weights_only=True)
+    assert back["hyper_parameters"] == hyper_parameters(case)
+    stated = theirs.state_dict()
+    assert set(back["state_dict"]) == set(stated)
+    for name, tensor in stated.items():
+        assert torch.equal(back["state_dict"][name], tensor), name
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert done.parameters + done.unused == count
+    if case.name == "published":
+        assert count == 49_302_040
+    # The other form: the heads that its class lacks stay behind.
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "folder")]) == 0
+    folder = FolderOracle(case.config, case.genes)
+    folder.load_state_dict(load_file(tmp_path / "folder" / "model.safetensors"), strict=True)
+    batch = sentences(case)
+    np.testing.assert_array_equal(logits_of(folder, batch), logits_of(theirs, batch))
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    own = hyper_parameters(case)
+    assert {name: config[name] for name in own if name in config} == {
+        name: value for name, value in own.items() if name in config
+    }
+    assert config["model_type"] == "nicheformer"
+    # And from the folder back to a checkpoint, with zeros in the heads that nobody uses.
+    assert main(["import", str(tmp_path / "folder"), str(tmp_path / "again")]) == 0
+    assert main(["export", str(tmp_path / "again"), str(tmp_path / "b.ckpt"), "--format", "lightning"]) == 0
+    fresh = LightningOracle(case.config, case.genes)
+    fresh.load_state_dict(torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"], strict=True)
+    np.testing.assert_array_equal(logits_of(fresh, batch), logits_of(theirs, batch))
+
+
+def test_a_model_trained_here_is_loaded_strictly(tmp_path: Path) -> None:
+    simulate_corpus(
+        tmp_path / "simulated",
+        SimulationConfig(
+            n_slides=2,
+            cells_per_slide=80,
+            n_genes=30,
+            n_triples=2,
+            technologies=(("simscope", 25), ("simseq", 25)),
+        ),
+    )
+    corpus = Corpus.open(tmp_path / "simulated" / "corpus")
+    assays = tuple(sorted({slide.technology for slide in corpus.slides}))
+    case = Case(
+        "trained",
+        NicheformerConfig(layers=2, heads=2, width=16, hidden=24, positions=LENGTH, attention="plain"),
+        len(corpus.vocabulary),
+    )
+    config = RunConfig(
+        name="trained",
+        corpus=corpus.path,
+        model=case.config,
+        split=SplitConfig(held_out=(corpus.slides[-1].name,)),
+        data=DataConfig(
+            sample=RankConfig(length=LENGTH, extra_assays=assays), batch_size=8, window=2, rungs=1
+        ),
+        objective=MaskedGenesConfig(),
+        optimiser=OptimiserConfig(steps=3, warmup_steps=1),
+    )
+    assert train(config, tmp_path / "run") == 3
+    export_run(tmp_path / "run", tmp_path / "folder")
+    export_run(tmp_path / "run", tmp_path / "run.ckpt", form="lightning")
+    folder, checkpoint = FolderOracle(case.config, case.genes), LightningOracle(case.config, case.genes)
+    folder.load_state_dict(load_file(tmp_path / "folder" / "model.safetensors"), strict=True)
+    content = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    checkpoint.load_state_dict(content["state_dict"], strict=True)
+    assert content["hyper_parameters"].keys() == hyper_parameters(case).keys()
+    model = open_model(tmp_path / "run")
+    cells = np.arange(ROWS)
+    read = model.config.nicheformer()[1].reader(corpus).read(cells)
+    batch = read.collate(cells, LENGTH, 1, ROWS)
+    module = nnx.merge(model.graph, model.parameters)
+    hidden = module.encode(batch.tokens, batch.positions, batch.segments, batch.lengths)
+    mine = np.asarray(module.logits(hidden))[..., : case.genes + 30]
+    real = np.arange(LENGTH) < batch.lengths[:, None]
+    padding = torch.as_tensor(~real)
+    for theirs in (folder, checkpoint):
+        base = getattr(theirs, "nicheformer", theirs)
+        x = base.embeddings(torch.as_tensor(batch.tokens).long()) + base.positional_embedding.weight
+        for layer in base.encoder.layers:
+            x = layer(x, src_key_padding_mask=padding)
+        assert relative(mine[real], theirs.classifier_head(x).detach().numpy()[real]) < 1e-5
+
+
+class Bomb:
+    """Executes code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["code", "no state", "torn", "a list"])
+def test_bad_checkpoints_are_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path, case = tmp_path / "nicheformer.ckpt", CASES[1]
+    write_checkpoint(path, case, LightningOracle(case.config, case.genes))
+    content = torch.load(path, weights_only=True)
+    if name == "code":
+        torch.save({**content, "callbacks": Bomb(tmp_path / "executed")}, path)
+        message = "is not plain weights"
+    elif name == "no state":
+        torch.save({"hyper_parameters": content["hyper_parameters"]}, path)
+        message = "has no state_dict"
+    elif name == "torn":
+        path.write_bytes(path.read_bytes()[:5_000])
+        message = "is not plain weights"
+    else:
+        torch.save([1, 2], path)
+        message = "has no state_dict"
+    assert main(["import", str(path), str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said
+    assert [entry.name for entry in tmp_path.iterdir()] == ["nicheformer.ckpt"]
