@@ -303,21 +303,23 @@ class RankReader:
             self._context[number] = self._context_of(slide)
             if slide.technology not in self._technologies:
                 found = self._means_of(slide.technology)
-                self._tell_missing(slide, found)
+                self._tell_missing(slide.technology, found)
                 means = usable_means(found, self.config.means)
                 self.means = np.concatenate([self.means, means[None]])
                 self._technologies.append(slide.technology)
             self._row[number] = self._technologies.index(slide.technology)
             self._known[number] = True
 
-    def _tell_missing(self, slide: Slide, means: Float64[np.ndarray, " g"]) -> None:
-        """Warn of genes that files give no mean, though the slide's panel has them."""
-        own = means[slide.panel]
+    def _tell_missing(self, technology: str, means: Float64[np.ndarray, " g"]) -> None:
+        """Warn of genes that files give no mean, though cells of the corpus have them."""
+        if not self._files:
+            return
+        own = means[~np.isnan(self.corpus.technology_means(technology))]
         missing, negative = int(np.isnan(own).sum()), int((own < 0).sum())
-        if self._files and missing + negative:
+        if missing + negative:
             kept = "taken as 1" if self.config.means == "exact" else "used as published, 1 and negative"
             warnings.warn(
-                f"{self._files[slide.technology]}: of {len(own):,} genes of {slide.name!r} "
+                f"{self._files[technology]}: of {len(own):,} genes that cells of {technology!r} have, "
                 f"{missing:,} have no technology mean and {negative:,} a negative one, {kept}",
                 DataWarning,
                 stacklevel=2,
