@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 AttentionName = Literal["plain", "chunked"]
 
-# The scores of a chunk of queries (or of keys, backwards) of one row should stay in a CPU's cache.
-_CHUNK = 256
+# The scores of a chunk of queries (or of keys, backwards) of some heads should stay in a CPU's cache.
+_CHUNK, _HEADS = 256, 2
 
 
 def attention(
@@ -33,8 +33,8 @@ def attention(
     lengths
         Real keys of each row; a row of length 0 gives zeros.
     implementation
-        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, goes through rows and through 256
-        queries at a time and recomputes their scores in the backward pass: memory grows with the length and
+        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, goes through rows, two heads and 256
+        queries at a time, and recomputes their scores in the backward pass: memory grows with the length and
         not with its square, and the scores stay in the cache.
 
     Raises
@@ -79,25 +79,28 @@ def _plain(
 def _chunked(
     query: Float[Array, "b h q d"], key: Float[Array, "b h s d"], value: Float[Array, "b h s d"], real: Array
 ) -> Float[Array, "b h q d"]:
-    length = query.shape[2]
+    rows, heads, length, size = query.shape
     chunks = -(-length // _CHUNK)
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, -length % chunks), (0, 0)))
-    mixed = jax.lax.map(lambda row: _one_row(chunks, *row), (padded, key, value, real))
-    return mixed[:, :, :length]
+    together = next(count for count in range(_HEADS, 0, -1) if heads % count == 0)
+    groups = (x.reshape(-1, together, *x.shape[2:]) for x in (padded, key, value))
+    of_group = jnp.repeat(real, heads // together, axis=0)
+    mixed = jax.lax.map(lambda group: _one_group(chunks, *group), (*groups, of_group))
+    return mixed.reshape(rows, heads, -1, size)[:, :, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_row(
+def _one_group(
     chunks: int,
     query: Float[Array, "h q d"],
     key: Float[Array, "h s d"],
     value: Float[Array, "h s d"],
     real: Array,
 ) -> Float[Array, "h q d"]:
-    return _one_row_forward(chunks, query, key, value, real)[0]
+    return _one_group_forward(chunks, query, key, value, real)[0]
 
 
-def _one_row_forward(
+def _one_group_forward(
     chunks: int, query: Array, key: Array, value: Array, real: Array
 ) -> tuple[Array, tuple[Array, ...]]:
     mixed, log_total = jax.lax.map(lambda part: _mix(_scores(part, key, real), value), _split(query, chunks))
@@ -105,7 +108,7 @@ def _one_row_forward(
     return mixed, (query, key, value, real, mixed, log_total)
 
 
-def _one_row_backward(
+def _one_group_backward(
     chunks: int, saved: tuple[Array, ...], upstream: Float[Array, "h q d"]
 ) -> tuple[Array, Array, Array, None]:
     """The weights come again from the saved denominators (Dao et al., FlashAttention, 2022), keys by chunks.
@@ -138,7 +141,7 @@ def _one_row_backward(
     return of_query.astype(query.dtype), of_key, of_value, None
 
 
-_one_row.defvjp(_one_row_forward, _one_row_backward)
+_one_group.defvjp(_one_group_forward, _one_group_backward)
 
 
 def _split(x: Float[Array, "h q d"], chunks: int) -> Float[Array, "n h c d"]:
