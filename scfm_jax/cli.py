@@ -258,10 +258,14 @@ def import_weights(
 
     names = genes.read_gene_names(gene_names) if gene_names else None
     known = genes.Vocabulary.read(vocabulary, gene_names=names) if vocabulary else None
+    means: dict[str, Path] = {}
     for entry in technology_means:
-        if "=" not in entry:
-            raise InputError("import", f"cannot read {entry!r} (technology-means)", "write NAME=FILE")
-    means = {name: Path(file) for name, file in (entry.split("=", 1) for entry in technology_means)}
+        name, _, file = entry.partition("=")
+        if not name or "/" in name or not file or name in means:
+            raise InputError(
+                "import", f"cannot read {entry!r} (technology-means)", "write NAME=FILE, each name once"
+            )
+        means[name] = Path(file)
     family = family_of(weights)
     default = importlib.import_module(f"experiments.{family.recipe}")
     imported = import_run(

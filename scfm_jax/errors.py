@@ -21,5 +21,13 @@ class InputError(ValueError):
         super().__init__(" ".join(f"{self.where}: {problem}; {mend}".split()))
 
 
+def check_least(config: object, least: float, *fields: str) -> None:
+    """Raise ValueError for the first of a config's fields that is below `least`, or no number."""
+    for field in fields:
+        value = getattr(config, field)
+        if not least <= value < float("inf"):
+            raise ValueError(f"{field} is {value}, not a number from {least:g}")
+
+
 class DataWarning(UserWarning):
     """Input that can be used but probably is not what the user means; the command prints it."""

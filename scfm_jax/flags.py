@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -56,6 +56,8 @@ class Reading:
     """Neighbours farther than this (um) do not count."""
     dissociated: bool = False
     """The cells have no coordinates."""
+    modality: Literal["", "spatial", "dissociated"] = ""
+    """What the technology measures, where that is not what having coordinates says."""
     tissue: str = ""
     """brain, breast, ...: for sampling weights."""
 
@@ -75,6 +77,7 @@ class Reading:
             layer=self.layer,
             spatial=not self.dissociated,
             tissue=self.tissue,
+            modality=self.modality,
             coordinates=(columns[0], columns[1]) if len(columns) == 2 else self.coordinates,
             section=self.section,
             labels=tuple(filter(None, self.labels.split(","))),

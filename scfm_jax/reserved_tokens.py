@@ -26,3 +26,4 @@ ASSAY_TOKENS = {
     "cite-seq": 17,
     "smart-seq v4": 18,
 }
+FIRST_EXTRA_ASSAY = max(ASSAY_TOKENS.values()) + 1

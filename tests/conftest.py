@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,10 @@ from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.simulate import SimulationConfig, simulate
 from scfm_jax.training.config import OptimiserConfig, RunConfig
 from scfm_jax.training.train import train
+
+# The command keeps compilations in the user's cache. What another machine or an older session left there may differ
+# in the last bit, and tests compare bits.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 # Every row of tokens and of decoded genes fits into this one length, so that a run compiles two functions.
 ONE_LENGTH = 96

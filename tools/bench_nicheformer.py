@@ -187,7 +187,7 @@ def sentences(arguments: Arguments) -> SentenceBatch:
         segments=np.zeros(shape, np.int32),
         lengths=np.full(arguments.rows, arguments.length, np.int32),
         places=np.full((arguments.rows, 1), -1, np.int32),
-        cut=np.zeros(arguments.rows, np.int32),
+        cut=np.zeros((arguments.rows, 2), np.int32),
         index=number,
         draw=np.zeros_like(number),
         weight=np.ones(arguments.rows, np.float32),

@@ -43,6 +43,8 @@ class Slide:
         Name of the file, and the section's value there ("" where none was given).
     species, technology, tissue
         As declared for the file; the tissue may be "".
+    modality
+        ``"spatial"`` or ``"dissociated"``: what the technology measures, with coordinates or without.
     spatial
         Whether its cells have coordinates and neighbours.
     start, n_cells
@@ -61,6 +63,7 @@ class Slide:
     species: str
     technology: str
     tissue: str
+    modality: str
     spatial: bool
     start: int
     n_cells: int
@@ -456,6 +459,7 @@ def corpus_info(corpus: Corpus) -> dict[str, Any]:
             "species",
             "technology",
             "tissue",
+            "modality",
             "spatial",
             "um_per_unit",
             "n_cells",

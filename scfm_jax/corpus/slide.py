@@ -86,6 +86,7 @@ def write_slide(
             "species": source.species,
             "technology": source.technology,
             "tissue": source.tissue,
+            "modality": source.modality or ("spatial" if source.spatial else "dissociated"),
             "spatial": source.spatial,
             # 1 and 1.0 are one length, and must give one hash.
             "um_per_unit": None if source.um_per_unit is None else float(source.um_per_unit),

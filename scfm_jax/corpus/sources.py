@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 from scfm_jax.errors import InputError
 
@@ -41,6 +41,9 @@ class Source:
         Greatest distance of a neighbour, in µm; it needs ``um_per_unit``. ``None`` sets no limit.
     tissue
         Name of the tissue, for sampling weights.
+    modality
+        ``"spatial"`` or ``"dissociated"``: what the technology measures. If "", `spatial` says it; but a
+        subsample of a section has no neighbours, and is of a spatial modality all the same.
 
     Raises
     ------
@@ -60,11 +63,17 @@ class Source:
     um_per_unit: float | None = None
     max_radius: float | None = None
     tissue: str = ""
+    modality: Literal["", "spatial", "dissociated"] = ""
 
     def __post_init__(self) -> None:
         for name in ("species", "technology"):
-            if not getattr(self, name).strip():
-                raise InputError(self.path, f"{name} is blank", f"name the {name}")
+            value = getattr(self, name)
+            if not value.strip() or "/" in value:
+                raise InputError(self.path, f"{name} is {value!r}", f"name the {name}, without a slash")
+        if self.modality not in ("", "spatial", "dissociated"):
+            raise InputError(
+                self.path, f"modality is {self.modality!r}", "give spatial or dissociated, or leave it out"
+            )
         for name in ("um_per_unit", "max_radius"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -121,6 +130,7 @@ def _source_from_table(toml_path: Path, number: int, table: dict[str, Any]) -> S
 _TEXT, _NUMBER = "a text", "a number"
 _EXPECTED = {
     **dict.fromkeys(("path", "species", "technology", "layer", "section", "tissue"), _TEXT),
+    "modality": "spatial or dissociated",
     **dict.fromkeys(("um_per_unit", "max_radius"), _NUMBER),
     "spatial": "true or false",
     "coordinates": "a key of obsm or two columns of obs",

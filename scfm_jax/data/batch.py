@@ -92,7 +92,7 @@ class SentenceBatch:
     places
         Places of the masked tokens, -1 at padding: as many columns as any row has.
     cut
-        Genes of the cell that its sentence had no room for.
+        Genes of the cell, and of its niche, that their sentences had no room for.
     index
         The cell's number in the corpus.
     draw
@@ -106,7 +106,7 @@ class SentenceBatch:
     segments: Int[Array, "b s"]
     lengths: Int[Array, " b"]
     places: Int[Array, "b m"]
-    cut: Int[Array, " b"]
+    cut: Int[Array, "b 2"]
     index: UInt32[Array, " b"]
     draw: UInt32[Array, " b"]
     weight: Float[Array, " b"]

@@ -26,7 +26,7 @@ from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.ranks import RankConfig, TokenMask
 from scfm_jax.data.tokens import Ragged, SampleConfig
-from scfm_jax.errors import InputError
+from scfm_jax.errors import InputError, check_least
 
 _CALIBRATION_WINDOWS, _CALIBRATION_SEED = 2, 0
 _WINDOW_ORDER = 3  # beside the purposes of `stream`
@@ -72,6 +72,10 @@ class DataConfig:
     weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_least(
+            self, 1, "batch_size", "virtual_shards", "window", "rungs", "length_multiple", "pool_blocks"
+        )
+        check_least(self, 0, "prefetch")
         if self.batch_size % self.virtual_shards:
             raise InputError(
                 "data.virtual_shards",
@@ -267,7 +271,8 @@ def evaluation_batches(
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
             first_length, second = (
-                _coarse(int(longest), multiple) for longest in samples.lengths[rows].max(0)
+                min(_coarse(int(length), multiple), most)
+                for length, most in zip(samples.lengths[rows].max(0), reader.longest, strict=True)
             )
             yield start + rows, samples.collate(rows, first_length, second, config.batch_size)
 

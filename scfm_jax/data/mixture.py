@@ -2,7 +2,8 @@
 
 Weights multiply the chance of a slide's cells; without any, all cells are drawn alike, so that a technology
 counts by its number of cells. Proportions are fixed, not drawn: every `PERIOD` positions of a shard's stream
-hold the same number of cells of each weight, so where a position leads stays a function of (seed, position).
+hold the same number of cells of each weight, one at least, so where a position leads stays a function of
+(seed, shard, position).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scfm_jax.corpus.reader import Slide
 from scfm_jax.data.stream import ShardStreams
 from scfm_jax.errors import InputError
 
-PERIOD = 4_096
+PERIOD = 16_384
 _ORDER = 4  # beside the purposes of `stream` and `loader`
 
 
@@ -26,7 +27,7 @@ def kind_of(slide: Slide) -> dict[str, str]:
     return {
         "technology": slide.technology,
         "species": slide.species,
-        "modality": "spatial" if slide.spatial else "dissociated",
+        "modality": slide.modality,
         "tissue": slide.tissue,
     }
 
@@ -64,7 +65,7 @@ def slide_weights(corpus: Corpus, entries: Sequence[str]) -> Float64[np.ndarray,
             raise InputError(
                 "data.weights",
                 f"cannot read {entry!r}",
-                f"write FIELD=VALUE=WEIGHT with a field of {', '.join(kind_of(corpus.slides[0]))}",
+                f"write FIELD=VALUE=WEIGHT: one of {', '.join(kind_of(corpus.slides[0]))}, and 0 or more",
             )
         named = np.array([kind[field] == value for kind in kinds])
         if not named.any():
@@ -113,27 +114,32 @@ class MixedStreams:
         mass = np.array([weight * group.sum() for weight, group in zip(kinds, groups, strict=True)])
         pattern = np.repeat(np.arange(len(kinds)), _share_out(mass, PERIOD))
         self._pattern = np.random.default_rng([seed, _ORDER]).permutation(pattern)
+        self._n_shards = n_shards
         self._per_period = np.bincount(self._pattern, minlength=len(kinds))
         one_hot = self._pattern[:, None] == np.arange(len(kinds))
         self._before = np.concatenate([np.zeros((1, len(kinds)), np.int64), one_hot.cumsum(0)])
 
     def draw(self, shard: int, start: int, stop: int) -> Int64[np.ndarray, " m"]:
         """Cells at positions `start` to `stop` of a shard's stream."""
-        kinds = self._pattern[np.arange(start, stop) % PERIOD]
+        # Shards start at places of their own in the pattern, so that a step does not draw one kind in all.
+        turned = shard * PERIOD // self._n_shards
+        kinds = self._pattern[np.arange(start + turned, stop + turned) % PERIOD]
         cells = np.empty(stop - start, np.int64)
-        first, last = (
-            position // PERIOD * self._per_period + self._before[position % PERIOD]
-            for position in (start, stop)
-        )
+        first, last = (self._count(position + turned) - self._count(turned) for position in (start, stop))
         for kind, streams in enumerate(self._streams):
             cells[kinds == kind] = streams.draw(shard, int(first[kind]), int(last[kind]))
         return cells
 
+    def _count(self, position: int) -> Int64[np.ndarray, " kinds"]:
+        """Cells of each weight before a position of the pattern."""
+        return position // PERIOD * self._per_period + self._before[position % PERIOD]
+
 
 def _share_out(mass: Float64[np.ndarray, " n"], places: int) -> Int64[np.ndarray, " n"]:
-    """Places in proportion to `mass`, by largest remainder."""
+    """Places in proportion to `mass`, by largest remainder; none is left without."""
     exact = mass / mass.sum() * places
-    shares = np.floor(exact).astype(np.int64)
-    for kind in np.argsort(shares - exact, kind="stable")[: places - shares.sum()]:
-        shares[kind] += 1
+    shares = np.maximum(np.floor(exact).astype(np.int64), 1)
+    while (left := places - int(shares.sum())) != 0:
+        kind = np.argmax(exact - shares if left > 0 else (shares - exact) * (shares > 1))
+        shares[kind] += np.sign(left)
     return shares

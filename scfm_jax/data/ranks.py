@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Bool, Float, Float64, Int, Int32, Int64
+from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.reader import Slide
 from scfm_jax.data.batch import Array, SentenceBatch
 from scfm_jax.data.masks import seed_words, token_bits, under
+from scfm_jax.data.technology_means import means_of_slide, usable_means
 from scfm_jax.data.tokens import EVALUATION_STEP, Ragged
-from scfm_jax.errors import DataWarning, InputError
-from scfm_jax.reserved_tokens import ASSAY_TOKENS, FIRST_GENE, MODALITY_TOKENS, PAD, SPECIES_TOKENS
+from scfm_jax.errors import InputError, check_least
+from scfm_jax.reserved_tokens import (
+    ASSAY_TOKENS,
+    FIRST_EXTRA_ASSAY,
+    FIRST_GENE,
+    MODALITY_TOKENS,
+    PAD,
+    SPECIES_TOKENS,
+)
 
 _NEVER_MASKED = 3  # in the released code
 Context = Literal["species", "assay", "modality"]
@@ -47,7 +53,8 @@ class RankConfig:
         ``exact``: a gene's technology mean as it is; NaN or negative is missing, taken as 1 and counted.
         ``published``: as the released notebooks use theirs: NaN to 0, rounded half up, 0 to 1.
     mean_files
-        ``technology=file.npy``, one for each technology; those of the corpus where none is given.
+        ``technology=file.npy``, one for each technology, or ``dissociated=file.npy`` and ``spatial=...`` for
+        all that have none of their own; those of the corpus where no file is given.
     niche_neighbours
         Cells whose mean expression is the niche; 0 reads no niche.
     niche_radius
@@ -70,16 +77,33 @@ class RankConfig:
         """Neighbours that a corpus must hold."""
         return self.niche_neighbours
 
+    def meaning(self) -> dict[str, object]:
+        """What a trained model takes for granted of its sentences."""
+        return {"context": self.context, "extra_assays": self.extra_assays, "means": self.means}
+
     def reader(self, corpus: Corpus) -> RankReader:
         """What reads such sentences from `corpus`."""
         return RankReader(corpus, self)
 
     def __post_init__(self) -> None:
+        check_least(self, 0, "niche_neighbours")
+        check_least(self, 1, "niche_length")
+        if self.niche_radius is not None and not self.niche_radius > 0:
+            raise ValueError(f"niche_radius is {self.niche_radius}, not a length in um")
+        if len(set(self.context)) < len(self.context):
+            raise ValueError(f"context names a field twice: {', '.join(self.context)}")
+        if broken := [entry for entry in self.mean_files if not all(entry.partition("="))]:
+            raise ValueError(f"mean_files cannot be read: {broken[0]!r}; write technology=file.npy")
+        known = [*ASSAY_TOKENS]
+        for name in self.extra_assays:
+            if name.lower() in known:
+                raise ValueError(f"extra_assays: {name!r} has a token already")
+            known.append(name.lower())
         if self.length <= len(self.context):
             raise ValueError(
                 f"length {self.length} leaves no room for genes after {len(self.context)} context tokens"
             )
-        free = FIRST_GENE - 1 - max(ASSAY_TOKENS.values())
+        free = FIRST_GENE - FIRST_EXTRA_ASSAY
         if len(self.extra_assays) > free:
             raise ValueError(
                 f"there are {free} reserved tokens for extra_assays, not {len(self.extra_assays)}"
@@ -92,37 +116,6 @@ def maskable(tokens: Array, segments: Array, *, context: bool) -> Array:
     That code masks context tokens too, but token 3.
     """
     return (segments == 0) & ((tokens != _NEVER_MASKED) if context else (tokens >= FIRST_GENE))
-
-
-def usable_means(
-    means: Float[np.ndarray, " g"], kind: Literal["exact", "published"]
-) -> Float64[np.ndarray, " g"]:
-    """Technology means fit to divide by: what is missing is 1; see `RankConfig`."""
-    if kind == "published":
-        rounded = np.floor(np.nan_to_num(means) + 0.5)
-        return np.where(rounded == 0, 1, rounded)
-    return np.where(means > 0, means, 1)
-
-
-def read_means(path: str | Path, n_genes: int) -> Float64[np.ndarray, " g"]:
-    """Technology means of a ``.npy`` file, in the order of the vocabulary.
-
-    Raises
-    ------
-    InputError
-        No file of numbers, or of another vocabulary.
-    """
-    try:
-        means = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read as means ({error})", "give a .npy file of numbers") from error
-    if means.shape != (n_genes,) or means.dtype.kind not in "fiu":
-        raise InputError(
-            path,
-            f"holds {means.dtype} of shape {means.shape}, the vocabulary {n_genes:,} genes",
-            "give technology means of the vocabulary",
-        )
-    return means.astype(np.float64)
 
 
 def rank_rows(
@@ -146,8 +139,8 @@ def rank_rows(
 class Sentences:
     """Sentences before they are padded; the counterpart of `Samples`.
 
-    `tokens` has tokens, positions and segments; `places` the places of masked tokens; `cut` counts each
-    cell's genes beyond the longest sentence.
+    `tokens` has tokens, positions and segments; `places` the places of masked tokens; `cut` counts the genes
+    beyond the longest sentence, of each cell and of its niche.
     """
 
     tokens: Ragged
@@ -155,7 +148,7 @@ class Sentences:
     panel: Int64[np.ndarray, " n"]
     index: Int64[np.ndarray, " n"]
     draw: int
-    cut: Int64[np.ndarray, " n"]
+    cut: Int64[np.ndarray, "n 2"]
 
     @property
     def lengths(self) -> Int64[np.ndarray, "n 2"]:
@@ -219,10 +212,9 @@ class RankReader:
             )
         self.corpus, self.config, self.n_genes = corpus, config, len(corpus.vocabulary)
         n_slides = len(corpus.slides)
-        self._files = dict(entry.split("=", 1) for entry in config.mean_files)
         self._known = np.zeros(n_slides, bool)
         self._context = np.zeros((n_slides, len(config.context)), np.int32)
-        self._technologies: list[str] = []
+        self._technologies: list[tuple[str, str]] = []
         self._row = np.zeros(n_slides, np.int64)
         self.means = np.ones((0, self.n_genes))
         self._spatial = np.array([slide.spatial for slide in corpus.slides])
@@ -293,7 +285,7 @@ class RankReader:
             panel=np.zeros(len(cells), np.int64),
             index=cells,
             draw=draw,
-            cut=own.cut,
+            cut=np.stack([own.cut, niche.cut], axis=1),
         )
 
     def know(self, slides: Int[np.ndarray, " n"]) -> None:
@@ -301,35 +293,18 @@ class RankReader:
         for number in slides[~self._known[slides]]:
             slide = self.corpus.slides[number]
             self._context[number] = self._context_of(slide)
-            if slide.technology not in self._technologies:
-                found = self._means_of(slide.technology)
-                self._tell_missing(slide.technology, found)
-                means = usable_means(found, self.config.means)
+            technology = slide.technology, slide.modality
+            if technology not in self._technologies:
+                means = usable_means(
+                    means_of_slide(self.corpus, slide, self.config.mean_files), self.config.means
+                )
                 self.means = np.concatenate([self.means, means[None]])
-                self._technologies.append(slide.technology)
-            self._row[number] = self._technologies.index(slide.technology)
+                self._technologies.append(technology)
+            self._row[number] = self._technologies.index(technology)
             self._known[number] = True
 
-    def _tell_missing(self, technology: str, means: Float64[np.ndarray, " g"]) -> None:
-        """Warn of genes that files give no mean, though cells of the corpus have them."""
-        if not self._files:
-            return
-        own = means[~np.isnan(self.corpus.technology_means(technology))]
-        missing, negative = int(np.isnan(own).sum()), int((own < 0).sum())
-        if missing + negative:
-            kept = "taken as 1" if self.config.means == "exact" else "used as published, 1 and negative"
-            warnings.warn(
-                f"{self._files[technology]}: of {len(own):,} genes that cells of {technology!r} have, "
-                f"{missing:,} have no technology mean and {negative:,} a negative one, {kept}",
-                DataWarning,
-                stacklevel=2,
-            )
-
     def _context_of(self, slide: Slide) -> list[int]:
-        extra = {
-            name.lower(): max(ASSAY_TOKENS.values()) + 1 + n
-            for n, name in enumerate(self.config.extra_assays)
-        }
+        extra = {name.lower(): FIRST_EXTRA_ASSAY + n for n, name in enumerate(self.config.extra_assays)}
         tables: dict[Context, tuple[str, dict[str, int], str]] = {
             "species": (slide.species, SPECIES_TOKENS, "leave 'species' out of data.sample.context"),
             "assay": (
@@ -337,7 +312,7 @@ class RankReader:
                 {**ASSAY_TOKENS, **extra},
                 "add it to data.sample.extra_assays, or leave 'assay' out of data.sample.context",
             ),
-            "modality": ("spatial" if slide.spatial else "dissociated", MODALITY_TOKENS, ""),
+            "modality": (slide.modality, MODALITY_TOKENS, ""),
         }
         tokens = []
         for field in self.config.context:
@@ -351,17 +326,6 @@ class RankReader:
                 )
             tokens.append(table[said.lower()])
         return tokens
-
-    def _means_of(self, technology: str) -> Float64[np.ndarray, " g"]:
-        if not self._files:
-            return self.corpus.technology_means(technology)
-        if technology not in self._files:
-            raise InputError(
-                self.corpus.path,
-                f"data.sample.mean_files has no means of {technology!r} (there are {', '.join(self._files)})",
-                "add them",
-            )
-        return read_means(self._files[technology], self.n_genes)
 
     def _ranked(
         self,

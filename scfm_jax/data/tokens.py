@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32, Int64, UInt32
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates, column_mask, mask_bits, seed_words
-from scfm_jax.errors import InputError
+from scfm_jax.errors import InputError, check_least
 
 EVALUATION_STEP = 2**32 - 1
 
@@ -36,10 +36,17 @@ class SampleConfig:
     decoder: Literal["panel", "vocabulary"] = "panel"
     panel_limit: int = 2_048
 
+    def __post_init__(self) -> None:
+        check_least(self, 0, "neighbours", "panel_limit")
+
     @property
     def stored_neighbours(self) -> int:
         """Neighbours that a corpus must hold."""
         return self.neighbours
+
+    def meaning(self) -> dict[str, object]:
+        """What a trained model takes for granted of its samples; none here: values come with the tokens."""
+        return {}
 
     def reader(self, corpus: Corpus) -> SampleReader:
         """What reads such samples from `corpus`."""

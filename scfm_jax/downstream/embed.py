@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -42,7 +43,7 @@ class EmbeddingConfig:
         Tokens of the cell itself: its genes; with Nicheformer also its ``context`` tokens, or its genes and,
         as released, ``padding`` up to the longest sentence.
     layer
-        Of Nicheformer's hidden states, counted from 0; the last if not given.
+        Of Nicheformer's hidden states, counted from 0, or from the end as -1, -2, ...; the last if not given.
     """
 
     pooling: Pooling = "mean"
@@ -127,11 +128,11 @@ def _embedder(model: TrainedModel, config: EmbeddingConfig) -> tuple[Callable[[A
     """(parameters, batch) to embeddings, and their width."""
     if isinstance(model.config.model, NicheformerConfig):
         niche_model, sentence, _ = model.config.nicheformer()
-        if config.layer is not None and not 0 <= config.layer < niche_model.layers:
+        if config.layer is not None and not -niche_model.layers <= config.layer < niche_model.layers:
             raise InputError(
-                model.config.name,
-                f"has no layer {config.layer}",
-                f"choose one from 0 to {niche_model.layers - 1}",
+                "hidden-layer",
+                f"{model.config.name} has no layer {config.layer}",
+                f"choose one from 0 to {niche_model.layers - 1}, or from the end, -1 the last",
             )
         if config.over == "padding" and sentence.niche_neighbours:
             raise InputError(
@@ -210,8 +211,10 @@ def embed_file(
         Bad input, or an existing output.
     """
     key_added = key_added or KEYS[type(model.config.model)]
-    if out.exists():
+    if os.path.lexists(out):
         raise InputError(out, "exists already", "name another output or remove it")
+    if "/" in key_added or key_added == source.coordinates:
+        raise InputError(out, f"cannot keep an embedding as obsm[{key_added!r}]", "give another --key-added")
     if not out.parent.is_dir():
         raise InputError(out, "its folder does not exist", "make it first")
     with tempfile.TemporaryDirectory() as scratch:
@@ -223,7 +226,12 @@ def embed_file(
             **alignment,
         )
         corpus = Corpus.open(Path(scratch) / "corpus")
-        embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), config=config, progress=progress)
+        try:
+            embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), config=config, progress=progress)
+        except InputError as error:
+            if error.where != corpus.path:
+                raise
+            raise InputError(source.path, error.problem, error.mend) from error
         rows = corpus.column("source_row")
     adata = anndata.read_h5ad(source.path)
     everywhere = np.full((adata.n_obs, embedded.shape[1]), np.nan, np.float32)

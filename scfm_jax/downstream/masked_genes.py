@@ -165,7 +165,8 @@ def score_model(model: TrainedModel, corpus: Corpus, wanted: MaskedGenes, *, see
         for total, part in zip(sums, run(model.parameters, batch), strict=True):
             total[rows] = np.asarray(part)[: len(rows)]
     expected = np.bincount(wanted.row, minlength=len(wanted.cells))
-    assert np.array_equal(sums[2], expected), "the model masked other genes than the baselines"
+    if not np.array_equal(sums[2], expected):
+        raise RuntimeError("the model masked other genes than the baselines: was another seed meant?")
     return Scores(CellSums(sums[0], sums[2]), CellSums(sums[1], sums[2]))
 
 
@@ -191,14 +192,14 @@ class RankFrequencies:
         self._n_tokens = n_genes + RESERVED_TOKENS
         held = np.random.default_rng(0).random(len(train.cells)) < _VALIDATION_SHARE
         self._tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self.strength: dict[str, float] = {}
+        self.strength: dict[tuple[str, bool], float] = {}
         for number, name in enumerate(train.technologies):
             own = train.technology == number
             inner, outer = train.part(own & ~held), train.part(own & held)
             self._fit(name, inner)
-            self.strength[name] = min(
-                STRENGTHS, key=lambda strength: self._entries(name, outer, strength, exclude=False)[0].sum()
-            )
+            for exclude in (False, True):
+                losses = [self._entries(name, outer, strength, exclude)[0].sum() for strength in STRENGTHS]
+                self.strength[name, exclude] = STRENGTHS[int(np.argmin(losses))]
             self._fit(name, train.part(own))
 
     def _fit(self, name: str, train: MaskedGenes) -> None:
@@ -216,12 +217,12 @@ class RankFrequencies:
         for number, name in enumerate(wanted.technologies):
             own = wanted.technology == number
             at = own[wanted.row]
-            strength = self.strength.get(name, 0.0)
-            surprise[at], missed[at] = self._entries(name, wanted.part(own), strength, exclude=exclude)
+            strength = self.strength.get((name, exclude), 0.0)
+            surprise[at], missed[at] = self._entries(name, wanted.part(own), strength, exclude)
         return wanted.scores(surprise, missed)
 
     def _entries(
-        self, name: str, wanted: MaskedGenes, strength: float, *, exclude: bool
+        self, name: str, wanted: MaskedGenes, strength: float, exclude: bool
     ) -> tuple[Float64[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
         surprise = np.full(len(wanted.gene), np.log(self._n_tokens))
         missed = np.ones(len(wanted.gene), bool)

@@ -53,8 +53,8 @@ class TrainedModel(Weights):
         if isinstance(sample, RankConfig) and not sample.mean_files:
             raise InputError(
                 self.config.name,
-                "was imported without technology means, which rank a cell's genes",
-                "import it again with --technology-means NAME=FILE",
+                "has no technology means, which rank a cell's genes",
+                "import it again with --technology-means, or give the run its technology_means/ back",
             )
         if corpus.vocabulary.hash != self.vocabulary.hash:
             raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +15,6 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from scfm_jax import __version__
 from scfm_jax.errors import InputError
 from scfm_jax.export.family import Family, Form, Tensors
 
@@ -25,6 +26,10 @@ CONFIG, TENSORS, PICKLE, CARD, VOCAB = (
     "vocab.json",
 )
 CHECKPOINT = ".ckpt"
+# What a model of ours carries along: how its cells became sentences, and by which means.
+OWN, MEANS, _OF_OURS = "scfm_jax.json", "technology_means", "scfm_jax"
+# Of a checkpoint: tensors, which come back from our parameters, and what only training goes on from.
+_NOT_KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", _OF_OURS)
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
@@ -44,6 +49,12 @@ class PublishedWeights:
         Whether there was one.
     vocab
         ``vocab.json`` of a folder that has one: from token's name to its number.
+    own
+        What a model of ours carries beside its weights (see `write_folder`).
+    means
+        Its technology means.
+    rest
+        Of a checkpoint, what is neither tensors nor an optimiser's state.
     """
 
     path: Path
@@ -52,6 +63,9 @@ class PublishedWeights:
     tensors: Tensors
     prefixed: bool
     vocab: dict[str, int] | None = None
+    own: dict[str, Any] | None = None
+    means: Tensors = field(default_factory=dict)
+    rest: dict[str, Any] | None = None
 
 
 def published_family(path: Path, families: tuple[Family, ...]) -> Family:
@@ -62,6 +76,8 @@ def published_family(path: Path, families: tuple[Family, ...]) -> Family:
     InputError
         No config, or one of another architecture.
     """
+    if not path.exists():
+        raise InputError(path, "is not there", "name a folder or a checkpoint of published weights")
     if path.is_file() and path.suffix != CHECKPOINT:
         raise InputError(path, f"is neither a folder nor a {CHECKPOINT} file", "name the published weights")
     if path.is_file():
@@ -95,13 +111,13 @@ def _read_folder(path: Path, family: Family) -> PublishedWeights:
     if (path / TENSORS).is_file():
         tensors = _read_safetensors(path / TENSORS)
     elif (path / PICKLE).is_file():
-        tensors = _tensors(path / PICKLE, _unpickle(path / PICKLE))
+        tensors = _tensors(path / PICKLE, load_pickle(path / PICKLE))
     else:
         raise InputError(path, f"has neither {TENSORS} nor {PICKLE}", "add the weights")
     prefix, heads = family.prefix, family.heads
-    own = [name for name in tensors if not name.startswith(heads)]
-    prefixed = any(name.startswith(prefix) for name in own)
-    bare = [name for name in own if not name.startswith(prefix)]
+    base = [name for name in tensors if not name.startswith(heads)]
+    prefixed = any(name.startswith(prefix) for name in base)
+    bare = [name for name in base if not name.startswith(prefix)]
     if prefixed and bare:
         raise InputError(path, f"has names with {prefix!r} and without: {', '.join(bare)}", "name all alike")
     named = {
@@ -109,16 +125,26 @@ def _read_folder(path: Path, family: Family) -> PublishedWeights:
         for name, tensor in tensors.items()
     }
     vocab = read_json(path / VOCAB, path) if (path / VOCAB).is_file() else None
-    return PublishedWeights(path, "folder", config, named, prefixed, vocab)
+    own = read_json(path / OWN, path) if (path / OWN).is_file() else None
+    means = {file.stem: _read_array(file) for file in sorted((path / MEANS).glob("*.npy"))}
+    return PublishedWeights(path, "folder", config, named, prefixed, vocab, own, means)
 
 
 def _read_checkpoint(path: Path) -> PublishedWeights:
-    content = _unpickle(path)
+    content = load_pickle(path)
     for name in ("state_dict", "hyper_parameters"):
         if not isinstance(content, dict) or not isinstance(content.get(name), dict):
             raise InputError(path, f"has no {name}", "give the Lightning checkpoint, or the folder")
+    beside = content.get(_OF_OURS, {})
     return PublishedWeights(
-        path, "lightning", dict(content["hyper_parameters"]), _tensors(path, content["state_dict"]), False
+        path,
+        "lightning",
+        dict(content["hyper_parameters"]),
+        _tensors(path, content["state_dict"]),
+        prefixed=False,
+        own=beside.get("own"),
+        means=_tensors(path, beside.get("means", {})),
+        rest={name: value for name, value in content.items() if name not in _NOT_KEPT},
     )
 
 
@@ -161,31 +187,63 @@ def check_tensors(source: PublishedWeights, shapes: Mapping[str, tuple[int, ...]
 
 
 def write_folder(
-    path: Path, config: dict[str, Any], tensors: Tensors, card: str, vocab: dict[str, int] | None
+    path: Path,
+    config: dict[str, Any],
+    tensors: Tensors,
+    card: str,
+    *,
+    vocab: dict[str, int] | None = None,
+    own: dict[str, Any] | None = None,
+    means: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> None:
-    """Write a folder that torch's tools read too; `path` must be there and empty."""
+    """Write a folder that torch's tools read too; `path` must be there and empty.
+
+    `own` (``scfm_jax.json``) and `means` (``technology_means/``) are ours: what an import of it needs to make
+    the same sentences of the same cells. The authors' code does not look at them.
+    """
     (path / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_file(tensors, path / TENSORS, metadata={"format": "pt"})
     (path / CARD).write_text(card)
-    if vocab is not None:
-        (path / VOCAB).write_text(json.dumps(vocab, indent=2) + "\n")
+    write_beside(path, vocab=vocab, own=own, means=means)
 
 
-def write_checkpoint(path: Path, config: dict[str, Any], tensors: Tensors, step: int) -> None:
-    """Write a file that the authors' ``LightningModule.load_from_checkpoint`` reads."""
-    torch = _torch(path)
-    state = {name: _to_torch(tensor) for name, tensor in tensors.items()}
-    torch.save(
-        {
-            "state_dict": state,
-            "hyper_parameters": config,
-            "epoch": 0,
-            "global_step": step,
-            "pytorch-lightning_version": "2.0.0",
-            "scfm_jax": __version__,
-        },
-        path,
-    )
+def write_beside(
+    path: Path, *, vocab: dict[str, int] | None, own: dict[str, Any] | None, means: Mapping[str, np.ndarray]
+) -> None:
+    """The part of `write_folder` that says what tokens mean."""
+    for name, content in ((VOCAB, vocab), (OWN, own)):
+        if content is not None:
+            (path / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, values in means.items():
+        (path / MEANS).mkdir(exist_ok=True)
+        np.save(path / MEANS / f"{name}.npy", values)
+
+
+def write_checkpoint(
+    path: Path,
+    rest: Mapping[str, Any],
+    tensors: Tensors,
+    *,
+    own: dict[str, Any] | None = None,
+    means: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> None:
+    """Write what the authors' ``LightningModule.load_from_checkpoint`` reads; `rest` is all else in it."""
+    content: dict[str, Any] = {**rest, "state_dict": _to_torch_all(tensors)}
+    if own is not None:
+        content[_OF_OURS] = {"own": own, "means": _to_torch_all(means)}
+    save_pickle(path, content)
+
+
+def save_pickle(path: Path, content: Any) -> None:
+    """By torch; `load_pickle` reads it."""
+    require_torch(path).save(content, path)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(path, f"cannot be read ({error})", "get the file again") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -195,7 +253,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         raise InputError(path, f"cannot be read ({error})", "get the file again") from error
 
 
-def _torch(path: Path) -> Any:
+def require_torch(path: Path) -> Any:
+    """The module, or an error that names `path` as what needs it."""
     try:
         import torch
     except ImportError as error:
@@ -205,19 +264,26 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _unpickle(path: Path) -> Any:
-    """What a pickle of plain values and tensors holds; nothing in it is executed."""
-    torch = _torch(path)
+def load_pickle(path: Path) -> Any:
+    """What a pickle of plain values, NumPy's numbers and tensors holds; nothing else in it is executed."""
+    torch = require_torch(path)
+    # Lightning keeps rates that NumPy computed.
+    numbers = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in "fdilq?")]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(numbers):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what the pickle makes it raise
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"it holds {refused[1]}, which is no plain value" if refused else _first_line(error)
         raise InputError(
-            path, f"is not plain weights ({_first_line(error)})", "give model.safetensors"
+            path,
+            f"is not plain weights ({why})",
+            "get the file again, or save it with plain values and tensors alone",
         ) from error
 
 
 def _tensors(path: Path, content: Any) -> Tensors:
-    torch = _torch(path)
+    torch = require_torch(path)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in content.items()
     ):
@@ -231,7 +297,8 @@ def _tensors(path: Path, content: Any) -> Tensors:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\x1b\[\d*m", "", line)[:120]
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
@@ -241,6 +308,10 @@ def _from_torch(tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def _to_torch_all(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: _to_torch(tensor) for name, tensor in tensors.items()}
 
 
 def _to_torch(tensor: np.ndarray) -> Any:

@@ -8,6 +8,7 @@ never run (``encoder_layer``), and the Lightning one two heads without a loss (`
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.reserved_tokens import (
     ASSAY_TOKENS,
     CLS,
+    FIRST_EXTRA_ASSAY,
     MASK,
     MODALITY_TOKENS,
     PAD,
@@ -31,10 +33,13 @@ from scfm_jax.reserved_tokens import (
     SPARE_ROWS,
     SPECIES_TOKENS,
 )
-from scfm_jax.training.config import RunConfig
+from scfm_jax.training.config import RunConfig, from_dict
 
 TOKENS, POSITIONS, HEAD = "embeddings.weight", "positional_embedding.weight", "classifier_head"
 MODEL_TYPE = "nicheformer"
+IMPORTED_BATCH = 16
+# Settings of a sentence that no published config holds.
+_SENTENCE = ("length", "context", "extra_assays", "means")
 CELL_CLASSES = 164  # of a head that the released code makes and does not train
 # Ours and the published config's.
 _SIZES = {
@@ -169,15 +174,76 @@ def _configure(content: dict[str, Any], recipe: RunConfig, where: str) -> tuple[
     n_genes = sizes.pop("n_tokens") - RESERVED_TOKENS
     if n_genes < 1:
         raise InputError(where, "the field 'n_tokens' leaves no gene", "give the published config")
-    context = tuple(ours for ours, field in _CONTEXT.items() if content.get(field, True))
+    for field in _CONTEXT.values():
+        if not isinstance(content.get(field, True), bool):
+            raise InputError(where, f"the field {field!r} is {content[field]!r}", "give true or false")
+    # The Lightning class leaves a context token out where it is not asked for, the other takes them all.
+    taken = "model_type" in content
+    context = tuple(ours for ours, field in _CONTEXT.items() if content.get(field, taken))
     try:
-        model = replace(model, **sizes, niche=False, norm_epsilon=1e-12)
-        sample = replace(
-            sample, length=model.positions, context=context, means="published", niche_neighbours=0
+        # As the release computes: float32, in batches that a laptop holds.
+        model = replace(
+            model, **sizes, niche=False, norm_epsilon=1e-12, dtype="float32", attention="chunked", remat=False
         )
+        sample = replace(
+            sample,
+            length=model.positions,
+            context=context,
+            means="published",
+            mean_files=(),
+            niche_neighbours=0,
+        )
+        data = replace(recipe.data, sample=sample, batch_size=IMPORTED_BATCH, virtual_shards=1)
+        optimiser = replace(recipe.optimiser, accumulation=1)
     except ValueError as error:
         raise InputError(where, str(error), "give the published config") from error
-    return replace(recipe, model=model, data=replace(recipe.data, sample=sample)), n_genes
+    return replace(recipe, model=model, data=data, optimiser=optimiser), n_genes
+
+
+def own_settings(run: RunConfig) -> dict[str, Any]:
+    """How cells became sentences: what an import of an exported model needs beside the published config."""
+    _, sample, _ = run.nicheformer()
+    settings = dataclasses.asdict(sample)
+    return {"sample": {name: settings[name] for name in _SENTENCE}}
+
+
+def with_own_settings(run: RunConfig, own: dict[str, Any], where: str) -> RunConfig:
+    """The inverse of `own_settings`.
+
+    Raises
+    ------
+    InputError
+        Settings that this version does not know.
+    """
+    _, sample, _ = run.nicheformer()
+    said = own.get("sample")
+    if not isinstance(said, dict) or set(said) - set(_SENTENCE):
+        raise InputError(where, "holds no sample of this version", "export the run again, or remove the file")
+    sample = from_dict(RankConfig, dataclasses.asdict(sample) | said, where, "sample.")
+    return replace(run, data=replace(run.data, sample=sample))
+
+
+def with_vocab(run: RunConfig, vocab: Mapping[str, Any], where: str) -> RunConfig:
+    """The run with the extra assays of a ``vocab.json``, whose reserved tokens must be ours.
+
+    Raises
+    ------
+    InputError
+        A reserved token with another number than here.
+    """
+    _, sample, _ = run.nicheformer()
+    known = published_vocab(Vocabulary((), (), ()), replace(sample, extra_assays=()))
+    for name, token in vocab.items():
+        if known.get(name, token) != token:
+            raise InputError(
+                where, f"gives {name} the token {token!r}, not {known[name]}", "give the published vocab.json"
+            )
+    extra = {token: name for name, token in vocab.items() if name.startswith("[TECH_") and name not in known}
+    numbers = range(FIRST_EXTRA_ASSAY, FIRST_EXTRA_ASSAY + len(extra))
+    if sample.extra_assays or sorted(extra) != list(numbers):
+        return run  # named by the run's own settings, or other names of published assays
+    names = tuple(extra[token].removeprefix("[TECH_").removesuffix("]") for token in numbers)
+    return replace(run, data=replace(run.data, sample=replace(sample, extra_assays=names)))
 
 
 def _size(content: dict[str, Any], field: str, where: str) -> int:
@@ -207,7 +273,7 @@ def _published_config(run: RunConfig, n_genes: int, form: Form) -> dict[str, Any
             "lr": optimiser.peak_rate,
             "warmup": optimiser.warmup_steps,
             "batch_size": run.data.batch_size,
-            "max_epochs": optimiser.steps,
+            "max_epochs": optimiser.schedule_steps or optimiser.steps,
             "contrastive": False,
         }
     return content | {
@@ -219,7 +285,7 @@ def _published_config(run: RunConfig, n_genes: int, form: Form) -> dict[str, Any
 
 def published_vocab(vocabulary: Vocabulary, sample: RankConfig) -> dict[str, int]:
     """``vocab.json``: from the name of a token to its number, the genes last."""
-    extra = {name: max(ASSAY_TOKENS.values()) + 1 + n for n, name in enumerate(sample.extra_assays)}
+    extra = {name: FIRST_EXTRA_ASSAY + n for n, name in enumerate(sample.extra_assays)}
     kinds = (("MODALITY", MODALITY_TOKENS), ("SPECIES", SPECIES_TOKENS), ("TECH", {**ASSAY_TOKENS, **extra}))
     return {
         "[PAD]": PAD,
@@ -263,7 +329,14 @@ def vocabulary_of(
 
 
 def _check(run: RunConfig) -> None:
-    model, _, _ = run.nicheformer()
+    model, sample, _ = run.nicheformer()
+    order = [field for field in _CONTEXT if field in sample.context]
+    if list(sample.context) != order:
+        raise InputError(
+            run.name,
+            f"has the context {', '.join(sample.context)}; the authors' class puts it as {', '.join(order)}",
+            "use --format stablehlo",
+        )
     if model.niche:
         raise InputError(
             run.name, "reads niches, for which the published form has no tensor", "use --format stablehlo"

@@ -18,8 +18,8 @@ from scfm_jax.data.batch import SentenceBatch, TissueBatch
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_batch, embed_sentences
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.export.card import model_card
-from scfm_jax.export.folder import CARD
-from scfm_jax.export.weights import FAMILIES, new_path
+from scfm_jax.export.folder import CARD, write_beside
+from scfm_jax.export.weights import FAMILIES, beside, new_path
 from scfm_jax.models.functional import abstract, count_parameters
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.training.task import model_builder
@@ -35,7 +35,8 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
     a cell and its neighbours with two depth tokens a cell, as `SampleReader` makes them; ``cells`` is -1 at
     padding, on the right), ``totals`` (int32, batch x cells), ``offsets`` (float32, batch x cells x 2, um)
     and ``target_sum`` (float32, batch). Nicheformer: ``tokens``, ``positions`` and ``segments`` (int32, batch
-    x length, as `RankReader` makes them) and ``lengths`` (int32, batch). Both give float32, batch x width:
+    x length, as `RankReader` makes them from ``vocab.json``, ``scfm_jax.json`` and ``technology_means/``) and
+    ``lengths`` (int32, batch). Both give float32, batch x width:
     the mean over the cell's genes. Batch and length are symbolic. It attends plainly: memory grows with the
     square of the length.
 
@@ -64,6 +65,9 @@ def export_embedding(run: Path, folder: Path, *, licence: str = "unknown") -> in
         (scratch / FUNCTION).write_bytes(function.serialize())
         (scratch / INPUTS).write_text(json.dumps(described, indent=2) + "\n")
         model.vocabulary.save(scratch / GENES)
+        if ranks:
+            vocab, own, means = beside(run, config, model.vocabulary, None)
+            write_beside(scratch, vocab=vocab, own=own, means=means)
         (scratch / CARD).write_text(card)
     return inside
 
@@ -136,7 +140,7 @@ def _of_sentences(
             segments=segments,
             lengths=lengths,
             places=jnp.zeros((tokens.shape[0], 1), jnp.int32) - 1,
-            cut=number.astype(jnp.int32),
+            cut=jnp.zeros((tokens.shape[0], 2), jnp.int32),
             index=number,
             draw=number,
             weight=jnp.ones(tokens.shape[0]),

@@ -18,19 +18,32 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from scfm_jax.data.ranks import read_means
+from scfm_jax.data.technology_means import read_means
 from scfm_jax.errors import InputError
 from scfm_jax.export.card import model_card
 from scfm_jax.export.family import Family, Form, Tensors
 from scfm_jax.export.folder import (
+    CHECKPOINT,
+    CONFIG,
+    OWN,
     VOCAB,
     check_tensors,
+    load_pickle,
     published_family,
     read_published,
+    require_torch,
+    save_pickle,
     write_checkpoint,
     write_folder,
 )
-from scfm_jax.export.nicheformer import NICHEFORMER, published_vocab, vocabulary_of
+from scfm_jax.export.nicheformer import (
+    NICHEFORMER,
+    own_settings,
+    published_vocab,
+    vocabulary_of,
+    with_own_settings,
+    with_vocab,
+)
 from scfm_jax.export.tissue import TISSUE
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import abstract, initialise, parameters_hash
@@ -39,12 +52,18 @@ from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.optimiser import make_optimiser
-from scfm_jax.training.run import MEANS, describe_run, read_run, restore_parameters
+from scfm_jax.training.run import (
+    MEANS,
+    describe_run,
+    read_run,
+    restore_parameters,
+    save_technology_means,
+)
 from scfm_jax.training.task import model_builder
 
 FAMILIES: dict[type, Family] = {TissueConfig: TISSUE, NicheformerConfig: NICHEFORMER}
 # What a run directory keeps of the weights it came from: all that our parameters do not hold.
-_ORIGIN, _VERBATIM = "published.json", "published.safetensors"
+_ORIGIN, _VERBATIM, _REST = "published.json", "published.safetensors", "published.ckpt"
 
 
 def family_of(path: Path) -> Family:
@@ -94,21 +113,31 @@ def import_run(
     """
     family = family_of(path)
     source = read_published(path, family)
-    where = path / "config.json" if source.form == "folder" else path
-    config, n_genes = family.configure(source.config, recipe, str(where))
+    where = str(path / CONFIG if source.form == "folder" else path)
+    config, n_genes = family.configure(source.config, recipe, where)
     shapes = family.shapes(config, n_genes)
     check_tensors(source, shapes, family)
-    if vocabulary is None and source.vocab is not None and family is NICHEFORMER:
-        vocabulary = vocabulary_of(source.vocab, n_genes, str(path / VOCAB), gene_names)
+    means = {name: read_means(file, n_genes) for name, file in (technology_means or {}).items()}
+    if family is NICHEFORMER:
+        if source.own is not None:
+            config = with_own_settings(config, source.own, str(path / OWN))
+        if source.vocab is not None:
+            config = with_vocab(config, source.vocab, str(path / VOCAB))
+            named = vocabulary_of(source.vocab, n_genes, str(path / VOCAB), gene_names)
+            if vocabulary is not None and len(vocabulary) == n_genes and vocabulary.ids != named.ids:
+                raise InputError(
+                    path / VOCAB, "names other genes than the vocabulary given", "leave one of the two out"
+                )
+            vocabulary = vocabulary or named
+        means = {**source.means, **means}
+    elif means:
+        raise InputError(path, "does not rank genes, so it has no technology means", "leave them out")
     if vocabulary is not None and len(vocabulary) != n_genes:
         raise InputError(
             path,
             f"is of {n_genes:,} genes, the vocabulary of {len(vocabulary):,}",
             "give the vocabulary that the weights were trained with",
         )
-    means = {name: read_means(file, n_genes) for name, file in (technology_means or {}).items()}
-    if means and family is not NICHEFORMER:
-        raise InputError(path, "does not rank genes, so it has no technology means", "leave them out")
     build = model_builder(config, n_genes)
     published = jax.tree.map(jnp.asarray, family.from_published(source.tensors, config, n_genes))
     parameters = {**initialise(build, jax.random.key(config.seed)), **published}
@@ -120,7 +149,7 @@ def import_run(
     own = {name for name in shapes if not (family.optional and name.endswith(family.optional))}
     origin = {
         "form": source.form,
-        "config": source.config,
+        "config": source.config if source.form == "folder" else None,
         "n_genes": n_genes,
         "prefixed": source.prefixed,
         "vocab": source.vocab,
@@ -132,10 +161,9 @@ def import_run(
         (scratch / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
         verbatim = {name: tensor for name, tensor in source.tensors.items() if name not in own}
         save_file(verbatim, scratch / _VERBATIM)
-        if means:
-            (scratch / MEANS).mkdir()
-        for name, values in means.items():
-            np.save(scratch / MEANS / f"{name}.npy", values)
+        if source.rest is not None:
+            save_pickle(scratch / _REST, source.rest)
+        save_technology_means(scratch, means)
         with Checkpoints(scratch / "checkpoints") as checkpoints:
             checkpoints.save(0, state)
     return sum(source.tensors[name].size for name in own)
@@ -177,6 +205,8 @@ def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "u
     family.check(config)
     if form == "lightning" and family is not NICHEFORMER:
         raise InputError(run, f"is of {family.title}, which has no Lightning form", "use --format published")
+    if form == "lightning" and out.suffix != CHECKPOINT:
+        raise InputError(out, "is no name of a checkpoint", f"name it {out.name}{CHECKPOINT}")
     origin, verbatim = _origin(run)
     genes = run / "vocabulary.json"
     vocabulary = Vocabulary.read(genes) if genes.is_file() else None
@@ -195,32 +225,56 @@ def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "u
     }
     exported = sum(tensor.size for tensor in weights.values())
     card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights), family)
+    rest: dict[str, Any] = {}
     if origin and origin["form"] == form:
         dtypes = {name: np.dtype(getattr(ml_dtypes, kind, kind)) for name, kind in origin["dtypes"].items()}
         tensors = {name: tensors[name].astype(dtype) for name, dtype in dtypes.items()}
         content, prefixed, unused = origin["config"], origin["prefixed"], verbatim
+        if form == "lightning":
+            rest = load_pickle(run / _REST)
     else:
         content, prefixed = family.published_config(config, n_genes, form), family.prefixes_own
+        rest = {
+            "epoch": 0,
+            "global_step": step,
+            "pytorch-lightning_version": "2.0.0",
+            "hyper_parameters": content,
+        }
         unused = {
             name: verbatim.get(name, np.zeros(shape, np.float32))
             for name, shape in family.unused(config, form).items()
         }
     tensors = {**tensors, **unused}
-    vocab = origin["vocab"] if origin else None
-    if vocab is None and vocabulary is not None and isinstance(config.model, NicheformerConfig):
-        vocab = published_vocab(vocabulary, config.nicheformer()[1])
+    vocab, own, means = beside(run, config, vocabulary, origin)
     with new_path(out) as scratch:
         if form == "lightning":
-            write_checkpoint(scratch, content, tensors, step)
+            require_torch(out)
+            write_checkpoint(scratch, rest, tensors, own=own, means=means)
         else:
             scratch.mkdir()
             named = {
                 family.prefix + name if prefixed and not name.startswith(family.heads) else name: tensor
                 for name, tensor in tensors.items()
             }
-            write_folder(scratch, content, named, card, vocab)
+            write_folder(scratch, content, named, card, vocab=vocab, own=own, means=means)
     counted = (name for name in unused if not (family.optional and name.endswith(family.optional)))
     return Exported(exported, sum(unused[name].size for name in counted))
+
+
+def beside(
+    run: Path, config: RunConfig, vocabulary: Vocabulary | None, origin: dict[str, Any] | None
+) -> tuple[dict[str, int] | None, dict[str, Any] | None, Tensors]:
+    """What says how a run's tokens are made: ``vocab.json``, our own settings, technology means.
+
+    Weights that were imported from the authors' form keep to what came with them.
+    """
+    if not isinstance(config.model, NicheformerConfig):
+        return None, None, {}
+    means = {file.stem: np.load(file) for file in sorted((run / MEANS).glob("*.npy"))}
+    if origin:
+        return origin["vocab"], own_settings(config) if means else None, means
+    vocab = published_vocab(vocabulary, config.nicheformer()[1]) if vocabulary is not None else None
+    return vocab, own_settings(config), means
 
 
 def _origin(run: Path) -> tuple[dict[str, Any] | None, Tensors]:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
 from scfm_jax.models.transformer import make_linear
-from scfm_jax.reserved_tokens import RESERVED_TOKENS, SPARE_ROWS
+from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
 SEGMENTS = 2
 
@@ -61,6 +62,7 @@ class NicheformerConfig:
         return {"heads": self.heads, "norm_epsilon": self.norm_epsilon}
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "layers", "heads", "width", "hidden", "positions")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")
 
@@ -71,23 +73,24 @@ class PostNormBlock(nnx.Module):
     def __init__(self, config: NicheformerConfig, *, rngs: nnx.Rngs) -> None:
         dtype = jnp.dtype(config.dtype)
 
-        def linear(inputs: int, outputs: int, *names: str) -> nnx.Linear:
-            # Xavier-normal, published: the standard deviation sees both sides.
+        def linear(inputs: int, outputs: int, *names: str, beside: int = 1) -> nnx.Linear:
+            # Xavier-normal: the standard deviation sees both sides. PyTorch draws query, key and value as one
+            # matrix, so that each sees three times its outputs.
             return make_linear(
                 inputs,
                 outputs,
                 (names[0], names[1]),
                 use_bias=True,
-                init_std=(2 / (inputs + outputs)) ** 0.5,
+                init_std=(2 / (inputs + beside * outputs)) ** 0.5,
                 dtype=dtype,
                 rngs=rngs,
             )
 
         width = config.width
         self.heads = config.heads
-        self.query = linear(width, width, "embed", "heads")
-        self.key = linear(width, width, "embed", "heads")
-        self.value = linear(width, width, "embed", "heads")
+        self.query = linear(width, width, "embed", "heads", beside=3)
+        self.key = linear(width, width, "embed", "heads", beside=3)
+        self.value = linear(width, width, "embed", "heads", beside=3)
         self.output = linear(width, width, "heads", "embed")
         self.attention_norm = _layer_norm(config, dtype, rngs)
         self.up = linear(width, config.hidden, "embed", "mlp")
@@ -134,7 +137,10 @@ class Nicheformer(nnx.Module):
             return jax.random.normal(rngs.params(), (rows, width), jnp.float32)
 
         self.token_embedding = GeneEmbedding(self.n_tokens + SPARE_ROWS, width, init_std=1.0, rngs=rngs)
+        table = self.token_embedding.table
+        table[...] = table[...].at[PAD].set(0.0)
         self.position_embedding = nnx.Param(normal(config.positions), logical=(None, "embed"))
+        self.has_niche = config.niche
         if config.niche:
             self.segment_embedding = nnx.Param(normal(SEGMENTS), logical=(None, "embed"))
 
@@ -190,7 +196,7 @@ class Nicheformer(nnx.Module):
             self.token_embedding(tokens, self.dtype)
             + self.position_embedding[...].astype(self.dtype)[positions]
         )
-        if hasattr(self, "segment_embedding"):
+        if self.has_niche:
             x += self.segment_embedding[...].astype(self.dtype)[segments]
         return x
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, DTypeLike, Float, Int
 
+from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.rotary import rotary_tables, rotate
 
@@ -41,6 +42,7 @@ class TransformerConfig:
     use_bias: bool = True
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "layers", "heads", "width")
         if self.width % (4 * self.heads):
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 x heads ({self.heads}): rotary positions "

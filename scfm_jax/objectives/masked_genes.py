@@ -36,13 +36,23 @@ class MaskedGenesConfig:
         Of these, how many become the mask token and how many a random gene (published); the rest stay.
     published_draws
         Draw as the released code does rather than as the paper says: 81, 10 and 9%, random tokens from 10
-        upwards rather than genes, and context tokens masked too (but token 3). For agreement with that code.
+        upwards rather than genes, and context tokens masked too (but token 3). For agreement with that code;
+        `mask_share` and `random_share` are not read then.
     """
 
     rate: float = 0.15
     mask_share: float = 0.80
     random_share: float = 0.10
     published_draws: bool = False
+
+    def __post_init__(self) -> None:
+        shares = (self.mask_share, self.random_share, 1 - self.mask_share - self.random_share)
+        if not 0 < self.rate <= 1:
+            raise ValueError(f"rate is {self.rate}, not a share over 0 and up to 1")
+        if not min(shares) >= -1e-9:
+            raise ValueError(
+                f"mask_share {self.mask_share} and random_share {self.random_share} are no shares of 1"
+            )
 
     @property
     def rates(self) -> TokenMask:
@@ -130,17 +140,21 @@ def masked_genes_loss(
     -------
     ``loss`` and ``weight`` (their ratio is the cross-entropy in nats), ``top1_error`` and ``top1_count``
     (masked genes that are not the most likely one), ``cut_share`` and ``cut_count`` (of the cells' genes,
-    those that their sentences had no room for), ``tokens``, the real tokens that the encoder saw.
+    those that their sentences had no room for), ``niche_cut_share`` and ``niche_cut_count`` for a model with
+    a niche, ``tokens``, the real tokens that the encoder saw.
     """
     scores = masked_gene_scores(model, batch, key, config)
     real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    genes = (real & maskable(batch.tokens, batch.segments, context=False)).sum(1)
-    return {
+    sums = {
         "loss": jnp.where(scores.agree, (scores.entry * scores.surprise).sum(), jnp.nan),
         "weight": scores.entry.sum(),
         "top1_error": (scores.entry * scores.missed).sum(),
         "top1_count": scores.entry.sum(),
-        "cut_share": (batch.cut * batch.weight).sum(),
-        "cut_count": ((batch.cut + genes) * batch.weight).sum(),
         "tokens": (batch.lengths * batch.weight).sum(),
     }
+    for segment, name in enumerate(("cut", "niche_cut") if model.has_niche else ("cut",)):
+        cut = batch.cut[:, segment]
+        kept = (real & (batch.segments == segment) & (batch.tokens >= FIRST_GENE)).sum(1)
+        sums[f"{name}_share"] = (cut * batch.weight).sum()
+        sums[f"{name}_count"] = ((cut + kept) * batch.weight).sum()
+    return sums

@@ -17,7 +17,7 @@ from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.loader import DataConfig
 from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.tokens import SampleConfig
-from scfm_jax.errors import InputError
+from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
@@ -72,6 +72,11 @@ class OptimiserConfig:
     decay: Literal["matrices", "all"] = "matrices"
     clip: float = 1.0
     accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "steps", "accumulation")
+        check_least(self, 0, "schedule_steps", "warmup_steps", "initial_rate", "peak_rate", "final_rate")
+        check_least(self, 0, "weight_decay", "clip", "epsilon")
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,8 @@ class RunConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "evaluate_every", "checkpoint_every", "log_every", "keep_last")
+        check_least(self, 0, "evaluate_cells", "keep_best")
         if self.data.batch_size % self.optimiser.accumulation:
             raise InputError(
                 "optimiser.accumulation",
@@ -289,7 +296,7 @@ def from_dict(kind: type[T], content: dict[str, Any], where: str, path: str = ""
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(where, f"{path or 'config'}: {error}", "choose other values") from error
+        raise InputError(where, f"{path.rstrip('.') or 'config'}: {error}", "choose other values") from error
 
 
 def _typed(hint: Any, value: Any, where: str, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax import nnx
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.ranks import RankConfig
+from scfm_jax.data.technology_means import means_of_slide
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import Parameters, abstract
@@ -42,19 +44,35 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
             )
     elif (folder / "config.json").exists():
         raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
+    means = _technology_means(config, corpus)
+    if resume and any(
+        not np.array_equal(np.load(folder / MEANS / f"{name}.npy"), values, equal_nan=True)
+        for name, values in means.items()
+    ):
+        raise InputError(
+            folder,
+            "was started with other technology means",
+            "resume with the files that it was started with",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     describe_run(folder, config, corpus.vocabulary, corpus.hash)
-    if isinstance(config.data.sample, RankConfig):
-        _save_technology_means(folder / MEANS, config, corpus)
+    save_technology_means(folder, means)
 
 
-def _save_technology_means(folder: Path, config: RunConfig, corpus: Corpus) -> None:
-    """What sentences were ranked against, one file a technology: other cells must be ranked by the same."""
-    folder.mkdir(exist_ok=True)
-    given = dict(entry.split("=", 1) for entry in config.nicheformer()[1].mean_files)
-    for technology in sorted({slide.technology for slide in corpus.slides if config.takes(slide.technology)}):
-        means = np.load(given[technology]) if given else corpus.technology_means(technology)
-        np.save(folder / f"{technology}.npy", means)
+def _technology_means(config: RunConfig, corpus: Corpus) -> dict[str, np.ndarray]:
+    """What sentences are ranked against, by technology; nothing for a run that does not rank."""
+    sample = config.data.sample
+    if not isinstance(sample, RankConfig):
+        return {}
+    slides = {slide.technology: slide for slide in corpus.slides if config.takes(slide.technology)}
+    return {name: means_of_slide(corpus, slide, sample.mean_files) for name, slide in sorted(slides.items())}
+
+
+def save_technology_means(folder: Path, means: Mapping[str, np.ndarray]) -> None:
+    """Keep technology means with a run: other cells must be ranked by the same."""
+    for name, values in means.items():
+        (folder / MEANS).mkdir(exist_ok=True)
+        np.save(folder / MEANS / f"{name}.npy", values)
 
 
 def _with_means_of_the_run(config: RunConfig, sample: RankConfig, folder: Path) -> RunConfig:

@@ -131,6 +131,10 @@ def _masked_genes(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Arr
         )
     if sample.niche_neighbours and not model.niche:
         raise InputError(run.name, "data.sample reads niches, model.niche is off", "set model.niche to true")
+    if model.niche and not sample.niche_neighbours:
+        raise InputError(
+            run.name, "model.niche is on, data.sample reads no niche", "set data.sample.niche_neighbours"
+        )
     # What a slide lacks should be said before anything is written, and not when it is first read.
     taken = [number for number, slide in enumerate(corpus.slides) if run.takes(slide.technology)]
     RankReader(corpus, sample).know(np.array(taken))

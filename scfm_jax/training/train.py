@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.models.functional import abstract, count_parameters, initialise
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import RunConfig
@@ -178,6 +179,13 @@ def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: An
             folder,
             f"was trained with {', '.join(other)} (initial_weights)",
             "set the same, or start from the seed",
+        )
+    before, now = weights.config.data.sample.meaning(), config.data.sample.meaning()
+    if changed := [f"data.sample.{name} {value}" for name, value in before.items() if now[name] != value]:
+        warnings.warn(
+            f"{folder}: was trained with {', '.join(changed)} (initial_weights), which this run is not",
+            DataWarning,
+            stacklevel=2,
         )
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), weights.parameters, like)
 

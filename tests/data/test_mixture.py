@@ -86,7 +86,7 @@ def test_weights_of_slides_multiply_and_the_loader_draws_by_them(known: Any) -> 
         ("technology=sim", "cannot read"),
         ("technology=sim=-1", "cannot read"),
         ("technology=sim=nan", "cannot read"),
-        ("organ=brain=2", "field of technology, species, modality, tissue"),
+        ("organ=brain=2", "one of technology, species, modality, tissue"),
         ("technology=xenium=2", "no slide has that technology; there are sim"),
         ("tissue=brain=2", r"no slide has that tissue; there are \(none\)"),
     ],
@@ -94,6 +94,18 @@ def test_weights_of_slides_multiply_and_the_loader_draws_by_them(known: Any) -> 
 def test_bad_weights(known: Any, entry: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         slide_weights(known.corpus, (entry,))
+
+
+def test_a_small_weight_is_not_none() -> None:
+    weights = np.repeat([1.0, 1e-9, 2.0], [1_600, 1_120, 480])
+    drawn = streams(weights=weights).draw(0, 0, PERIOD)
+    assert (weights[drawn // 2] == 1e-9).sum() == 1
+
+
+def test_shards_do_not_draw_the_same_kind_in_the_same_place() -> None:
+    mixed = streams()
+    kinds = [WEIGHTS[mixed.draw(shard, 0, 512) // 2] for shard in (0, 1)]
+    assert 0.3 < (kinds[0] == kinds[1]).mean() < 0.8
 
 
 def test_weights_that_leave_nothing() -> None:

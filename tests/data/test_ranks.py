@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from scfm_jax.data.batch import SentenceBatch
-from scfm_jax.data.ranks import RankConfig, RankReader, Sentences, usable_means
+from scfm_jax.data.ranks import RankConfig, RankReader, Sentences
+from scfm_jax.data.technology_means import usable_means
 from scfm_jax.errors import InputError
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig, corrupted
 
@@ -60,7 +61,7 @@ def test_sentences(known: Any, kind: Any, context: Any) -> None:
         assert said == (front + genes)[:25]
         assert positions == list(range(len(said)))
         cut += len(front + genes) - len(said)
-    assert read.cut.sum() == cut > 0
+    assert read.cut[:, 0].sum() == cut > 0 and not read.cut[:, 1].any()
     assert not any(read.tokens.columns["segments"])
 
 
@@ -109,6 +110,7 @@ def test_the_niche_is_the_neighbours_mean_by_rank(known: Any, radius: float | No
         value = (mean / means)[niche - 30]
         assert (np.diff(value) <= 1e-6 * value[:-1]).all()
         assert len(niche) == min(12, (mean > 0).sum())
+        assert read.cut[row, 1] == (mean > 0).sum() - len(niche)
         assert set(np.flatnonzero(mean > 0)) >= set(niche - 30)
         assert positions[segments == 1].tolist() == list(range(len(niche)))
     assert with_niche > 20
@@ -140,7 +142,7 @@ def test_shares_of_a_mask() -> None:
         segments=np.zeros_like(tokens),
         lengths=np.full(40, 1000),
         places=np.full((40, 1), -1),
-        cut=np.zeros(40, np.int32),
+        cut=np.zeros((40, 2), np.int32),
         index=np.arange(40, dtype=np.uint32),
         draw=np.zeros(40, np.uint32),
         weight=np.ones(40),

@@ -101,7 +101,7 @@ def test_genes_come_with_the_folder_and_means_with_the_import(
     embedded, model = tmp_path / "embedded.h5ad", open_model(tmp_path / "run")
     said = capsys.readouterr().out
     assert "parameters of Nicheformer imported" in said
-    with pytest.warns(UserWarning, match=r"2 have no technology mean and 1 a negative one"):
+    with pytest.warns(UserWarning, match=r"2 have no mean and 1 a negative one"):
         embed_file(model, source, embedded)
     assert np.isfinite(anndata.read_h5ad(embedded).obsm["X_nicheformer"]).all()
     np.save(tmp_path / "other.npy", means[:-1])
@@ -110,7 +110,7 @@ def test_genes_come_with_the_folder_and_means_with_the_import(
 
 
 def test_a_model_of_ours_goes_out_with_what_the_authors_class_expects(
-    ranks_off: Path, tmp_path: Path
+    ranks_off: Path, corpus_path: Path, tmp_path: Path
 ) -> None:
     done = export_run(ranks_off, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -126,7 +126,21 @@ def test_a_model_of_ours_goes_out_with_what_the_authors_class_expects(
     assert vocab["[TECH_simseq]"] == 20 and vocab["[MODALITY_spatial]"] == 4
     card = (tmp_path / "out" / "README.md").read_text()
     assert "masked genes (Nicheformer)" in card and "held_out_loss" in card
-    import_run(tmp_path / "out", tmp_path / "back", model.config)
+    # Extra assays, exact means and the means themselves come back; the recipe is the default one.
+    assert main(["import", str(tmp_path / "out"), str(tmp_path / "back")]) == 0
+    before, after = (model.config.nicheformer()[1] for model in (model, open_model(tmp_path / "back")))
+    assert before.meaning() == after.meaning() and before.length == after.length
+    for name in ("simscope", "simseq"):
+        means = [np.load(run / "technology_means" / f"{name}.npy") for run in (ranks_off, tmp_path / "back")]
+        np.testing.assert_array_equal(*means)
+    source = Source(str(corpus_path.parent / "slide1.h5ad"), "human", "simseq", um_per_unit=1.0)
+    for run in (ranks_off, tmp_path / "back"):
+        embed_file(open_model(run), source, tmp_path / f"{run.name}.h5ad")
+    embedded = [
+        anndata.read_h5ad(tmp_path / f"{name}.h5ad").obsm["X_nicheformer"]
+        for name in (ranks_off.name, "back")
+    ]
+    np.testing.assert_allclose(*embedded, atol=1e-5)
     export_run(tmp_path / "back", tmp_path / "again")
     for name, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
         np.testing.assert_array_equal(tensor, tensors[name])
@@ -164,8 +178,13 @@ BAD = {
     "positions": (changed("config.json", context_length=41), "another shape: positional_embedding.weight"),
     "no room": (changed("config.json", context_length=2), "leaves no room for genes"),
     "layers": (changed("config.json", nlayers=3), "lacks the tensors encoder.layers.2."),
+    "a flag that is none": (changed("config.json", modality="no"), "the field 'modality' is 'no'"),
+    "another reserved token": (
+        changed("vocab.json", **{"[SPECIES_human]": 6}),
+        "gives [SPECIES_human] the token 6, not 5",
+    ),
     "a gene twice": (changed("vocab.json", another=31), "does not name one gene for each"),
-    "a gene less": (changed("vocab.json", **{"[PAD]": "x"}), "does not name one gene for each"),
+    "a gene less": (changed("vocab.json", a_gene="x"), "does not name one gene for each"),
 }
 
 
@@ -180,12 +199,50 @@ def test_bad_folders(folder: Path, tmp_path: Path, name: str, capsys: pytest.Cap
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_a_published_form_cannot_hold(run_with_niche: Path, finished: Path, tmp_path: Path) -> None:
+def test_what_a_published_form_cannot_hold(
+    run_with_niche: Path, ranks_off: Path, finished: Path, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="reads niches, for which the published form has no tensor"):
         export_run(run_with_niche, tmp_path / "out")
+    with pytest.raises(InputError, match=r"is no name of a checkpoint; name it out\.ckpt"):
+        export_run(ranks_off, tmp_path / "out", form="lightning")
     with pytest.raises(InputError, match="has no Lightning form"):
         export_run(finished, tmp_path / "out.ckpt", form="lightning")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_vocabulary_that_contradicts_the_folder(
+    folder: Path, corpus_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genes = Corpus.open(corpus_path).vocabulary
+    order = [1, 0, *range(2, len(genes))]
+    turned = Vocabulary(*(tuple(np.array(column)[order].tolist()) for column in genes.to_dict().values()))
+    turned.save(tmp_path / "genes.json")
+    assert (
+        main(["import", str(folder), str(tmp_path / "x"), "--vocabulary", str(tmp_path / "genes.json")]) == 2
+    )
+    assert "names other genes than the vocabulary given" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", ["simseq", "=means.npy", "simseq=", "../x=means.npy"])
+def test_bad_means_flags(
+    folder: Path, tmp_path: Path, entry: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(folder), str(tmp_path / "x"), "--technology-means", entry]) == 2
+    assert f"cannot read {entry!r}" in capsys.readouterr().err
+
+
+def test_a_technology_without_means_names_the_file(
+    ranks_off: Path, corpus_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = corpus_path.parent / "slide1.h5ad"
+    words = ["embed", str(ranks_off), str(file), "-o", str(tmp_path / "x.h5ad"), "--species", "human"]
+    assert main([*words, "--technology", "merfish"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"scfm: {file}: ") and "no technology means of 'merfish'" in said
+    assert main([*words, "--technology", "simseq", "--key-added", "spatial"]) == 2
+    assert "cannot keep an embedding as obsm['spatial']" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_sample_needs_room() -> None:

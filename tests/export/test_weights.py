@@ -280,7 +280,7 @@ def test_bad_runs_and_outputs(
         (["export", "run", "x" * 300], "cannot be written"),
         (["import", "published", "file/run"], "cannot be written"),
         (["import", "file", "new"], "is neither a folder nor a .ckpt file"),
-        (["import", "nowhere", "new"], "has no config.json"),
+        (["import", "nowhere", "new"], "is not there"),
     ):
         verb, *paths = words
         assert main([verb, *(str(tmp_path / path) for path in paths)]) == 2, words

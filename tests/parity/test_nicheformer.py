@@ -26,7 +26,7 @@ from scfm_jax.downstream.embed import EmbeddingConfig, embed_sentences
 from scfm_jax.downstream.model import open_model
 from scfm_jax.export.nicheformer import from_published, to_published
 from scfm_jax.export.weights import export_run
-from scfm_jax.models.functional import abstract
+from scfm_jax.models.functional import abstract, initialise
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig, corrupted, masked_genes_loss
 from scfm_jax.simulate import SimulationConfig
@@ -122,7 +122,7 @@ def sentences(case: Case) -> SentenceBatch:
         segments=np.zeros_like(tokens),
         lengths=LENGTHS,
         places=np.full((ROWS, 1), -1, np.int32),
-        cut=np.zeros(ROWS, np.int32),
+        cut=np.zeros((ROWS, 2), np.int32),
         index=np.arange(ROWS, dtype=np.uint32),
         draw=np.zeros(ROWS, np.uint32),
         weight=np.ones(ROWS, np.float32),
@@ -197,6 +197,41 @@ def test_loss_and_gradient_of_every_parameter(case: Case, theirs: Oracle) -> Non
     for name, slope in slopes.items():
         size = max(np.linalg.norm(slope), 1e-6 * whole)
         assert np.linalg.norm(mine[name] - slope) / size < 1e-4, name
+
+
+def test_initial_weights_spread_as_torch_s() -> None:
+    """As the release: Xavier-normal for Linear, PyTorch's own for the joint projection of inputs."""
+    config = NicheformerConfig(layers=2, heads=4, width=96, hidden=160, positions=64)
+    theirs = Oracle(config, 300)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_normal_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    mine = initialise(lambda rngs: Nicheformer(config, 300, rngs=rngs), jax.random.key(0))
+    # PyTorch copies one layer: take its first; all of ours are drawn apart.
+    for name, tensor in to_published(mine, config, 300).items():
+        stated = theirs.state_dict()[name].numpy()
+        if stated.std() == 0:
+            np.testing.assert_array_equal(tensor, stated, err_msg=name)
+        else:
+            assert abs(tensor.std() / stated.std() - 1) < 0.05, name
+    assert not to_published(mine, config, 300)["embeddings.weight"][PAD].any()
+
+
+def test_whole_sentences_of_the_published_length() -> None:
+    """1,500 tokens and a shorter row, 16 heads, attention in chunks."""
+    case = Case("whole", NicheformerConfig(layers=2, attention="chunked"), 20_310)
+    theirs, lengths = oracle(case), np.array([1_500, 900])
+    graph, parameters = ours(case, theirs)
+    random = np.random.default_rng(0)
+    tokens = 30 + np.stack([random.choice(case.genes, 1_500, replace=False) for _ in lengths])
+    real = np.arange(1_500) < lengths[:, None]
+    tokens = np.where(real, tokens, PAD)
+    positions = np.broadcast_to(np.arange(1_500), tokens.shape)
+    with torch.no_grad():
+        states, _ = theirs(torch.as_tensor(tokens), torch.as_tensor(~real))
+    hidden = nnx.merge(graph, parameters).encode(tokens, positions, np.zeros_like(tokens), lengths)
+    assert relative(np.asarray(hidden)[real], states[-1].numpy()[real]) < 1e-5
 
 
 @pytest.mark.parametrize("over", ["genes", "context", "padding"])
@@ -299,7 +334,8 @@ def write_checkpoint(path: Path, case: Case, model: torch.nn.Module) -> None:
         "state_dict": model.state_dict(),
         "hyper_parameters": hyper_parameters(case),
         "optimizer_states": [torch.optim.AdamW(model.parameters()).state_dict()],
-        "lr_schedulers": [],
+        # The released schedule computes its rates with NumPy.
+        "lr_schedulers": [{"_last_lr": [np.float64(7e-4)], "last_epoch": np.int64(265_000)}],
     }
     torch.save(content, path)
 
@@ -324,7 +360,7 @@ def test_a_checkpoint_comes_in_and_goes_out_in_both_forms(case: Case, tmp_path: 
     out = tmp_path / "out.ckpt"
     done = export_run(tmp_path / "run", out, form="lightning")
     back = torch.load(out, weights_only=True)
-    assert back["hyper_parameters"] == hyper_parameters(case)
+    assert back["hyper_parameters"] == hyper_parameters(case) and back["global_step"] == 265_000
     stated = theirs.state_dict()
     assert set(back["state_dict"]) == set(stated)
     for name, tensor in stated.items():
@@ -421,10 +457,10 @@ class Bomb:
 def test_bad_checkpoints_are_one_line(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path, case = tmp_path / "nicheformer.ckpt", CASES[1]
     write_checkpoint(path, case, LightningOracle(case.config, case.genes))
-    content = torch.load(path, weights_only=True)
+    content = torch.load(path, weights_only=False)
     if name == "code":
         torch.save({**content, "callbacks": Bomb(tmp_path / "executed")}, path)
-        message = "is not plain weights"
+        message = "is not plain weights (it holds pathlib"
     elif name == "no state":
         torch.save({"hyper_parameters": content["hyper_parameters"]}, path)
         message = "has no state_dict"

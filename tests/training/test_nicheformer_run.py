@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import anndata
 import numpy as np
 import pytest
+from flax import nnx
 
 from scfm_jax.corpus import Corpus, Source
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells, embed_file
 from scfm_jax.downstream.model import TrainedModel, open_model
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.training.config import RunConfig, override
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.run import read_run
@@ -72,6 +74,69 @@ def test_embeddings_of_a_file(
     assert out.uns["X_nicheformer"]["over"] == over
 
 
+@pytest.mark.parametrize("over", ["genes", "context", "padding"])
+def test_poolings_of_whole_sentences(ranks_off: Path, corpus_path: Path, over: Any) -> None:
+    """Cells as long as the longest sentence, which a batch must not outgrow."""
+    model, corpus = open_model(ranks_off), Corpus.open(corpus_path)
+    _, sample, _ = model.config.nicheformer()
+    cut = sample.reader(corpus).read(np.arange(corpus.n_cells)).cut[:, 0]
+    cells = np.sort(np.concatenate([np.flatnonzero(cut)[:4], np.flatnonzero(cut == 0)[:20]]))
+    assert cut[cells].any()
+    read = sample.reader(corpus).read(cells)
+    embedded = embed_cells(model, corpus, cells, config=EmbeddingConfig(over=over))
+    module = nnx.merge(model.graph, model.parameters)
+    for row in range(len(cells)):
+        batch = read.collate(np.array([row]), sample.length, 1, 1)
+        hidden = module.encode(batch.tokens, batch.positions, batch.segments, batch.lengths)[0]
+        length, context = int(batch.lengths[0]), len(sample.context)
+        if over == "padding":  # positions go on through the padding
+            padded = batch.replace(positions=np.arange(sample.length)[None])
+            hidden = module.encode(padded.tokens, padded.positions, padded.segments, padded.lengths)[0]
+        span = {
+            "genes": slice(context, length),
+            "context": slice(0, length),
+            "padding": slice(context, sample.length),
+        }
+        np.testing.assert_allclose(embedded[row], hidden[span[over]].mean(0), atol=2e-5)
+
+
+def test_layers_count_from_the_end_too(run_with_niche: Path, corpus_path: Path) -> None:
+    model, corpus = open_model(run_with_niche), Corpus.open(corpus_path)
+    first, last, second, plain = (
+        embed_cells(model, corpus, np.arange(5), config=EmbeddingConfig(layer=layer))
+        for layer in (-2, -1, 0, None)
+    )
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(last, plain)
+
+
+def test_a_resumed_run_keeps_its_means(ranks: RunConfig, run_with_niche: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_with_niche, tmp_path / "run")
+    means = tmp_path / "run" / "technology_means" / "simseq.npy"
+    np.save(means, np.load(means) + 1)
+    with pytest.raises(InputError, match="was started with other technology means"):
+        train(ranks, tmp_path / "run", resume=True)
+
+
+def test_weights_of_other_sentences_are_a_warning(
+    ranks: RunConfig, run_with_niche: Path, tmp_path: Path
+) -> None:
+    other = override(
+        ranks,
+        [
+            "--initial_weights",
+            str(run_with_niche),
+            "--data.sample.means",
+            "published",
+            "--optimiser.steps",
+            "1",
+        ],
+        "flags",
+    )
+    with pytest.warns(DataWarning, match=r"was trained with data.sample.means exact"):
+        train(other, tmp_path / "run")
+
+
 def test_the_means_of_the_run_are_the_corpus_s(run_with_niche: Path, corpus_path: Path) -> None:
     corpus = Corpus.open(corpus_path)
     for technology in ("simscope", "simseq"):
@@ -86,6 +151,8 @@ def test_what_does_not_go_together_is_an_error(
         dataclasses.replace(ranks, data=config.data)
     with pytest.raises(InputError, match=r"sentences of 20 tokens, model.positions is 8"):
         train(override(ranks, ["--model.positions", "8"], "flags"), tmp_path / "short")
+    with pytest.raises(InputError, match=r"model.niche is on, data.sample reads no niche"):
+        train(override(ranks, ["--data.sample.niche_neighbours", "0"], "flags"), tmp_path / "on")
     with pytest.raises(InputError, match=r"model.niche is off"):
         train(override(ranks, ["--model.niche", "false"], "flags"), tmp_path / "off")
     with pytest.raises(InputError, match=r"the assay 'simseq' has no token"):
@@ -108,3 +175,32 @@ def test_a_config_of_either_family_is_read_back(ranks: RunConfig, config: RunCon
         assert from_dict(RunConfig, plain, "test") == whole
     with pytest.raises(InputError, match=r"has no field 'model.laters'; did you mean 'layers'"):
         override(ranks, ["--model.laters", "3"], "flags")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("data.sample.niche_length", "-1", "data.sample: niche_length is -1, not a number from 1"),
+        ("data.sample.niche_radius", "-5", "niche_radius is -5"),
+        ("data.sample.mean_files", "foo", "mean_files cannot be read: 'foo'"),
+        ("data.sample.extra_assays", "merfish", "'merfish' has a token already"),
+        ("data.sample.extra_assays", "a,a", "'a' has a token already"),
+        ("data.sample.context", "species,species", "context names a field twice"),
+        ("objective.rate", "0", "objective: rate is 0"),
+        ("objective.rate", "2", "objective: rate is 2"),
+        ("objective.random_share", "0.9", "are no shares of 1"),
+        ("model.heads", "0", "model: heads is 0"),
+        ("model.layers", "0", "model: layers is 0"),
+        ("optimiser.steps", "-1", "optimiser: steps is -1"),
+        ("optimiser.accumulation", "0", "optimiser: accumulation is 0"),
+        ("optimiser.warmup_steps", "-1", "optimiser: warmup_steps is -1"),
+        ("optimiser.peak_rate", "-1", "optimiser: peak_rate is -1"),
+        ("data.batch_size", "0", "data: batch_size is 0"),
+        ("data.window", "0", "data: window is 0"),
+        ("data.rungs", "0", "data: rungs is 0"),
+        ("log_every", "0", "log_every is 0"),
+    ],
+)
+def test_numbers_out_of_range(ranks: RunConfig, flag: str, value: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        override(ranks, [f"--{flag}", value], "flags")
