@@ -23,8 +23,7 @@ from scfm_jax.simulate import SimulationConfig, simulate
 from scfm_jax.training.config import OptimiserConfig, RunConfig
 from scfm_jax.training.train import train
 
-# The command keeps compilations in the user's cache. What another machine or an older session left there may differ
-# in the last bit, and tests compare bits.
+# The command keeps compilations in the user's cache, which the tests neither use nor fill.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 # Every row of tokens and of decoded genes fits into this one length, so that a run compiles two functions.

@@ -34,3 +34,11 @@ def finished(compile_once: None, config: RunConfig, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("runs") / "finished_here"
     assert train(config, folder) == config.optimiser.steps
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_with_niche(compile_once: None, ranks: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Nicheformer."""
+    folder = tmp_path_factory.mktemp("runs") / "ranks_here"
+    assert train(ranks, folder) == ranks.optimiser.steps
+    return folder
