@@ -460,7 +460,7 @@ def test_bad_checkpoints_are_one_line(tmp_path: Path, name: str, capsys: pytest.
     content = torch.load(path, weights_only=False)
     if name == "code":
         torch.save({**content, "callbacks": Bomb(tmp_path / "executed")}, path)
-        message = "is not plain weights (it holds pathlib"
+        message = "is not plain weights (it holds getattr, which is no plain value)"
     elif name == "no state":
         torch.save({"hyper_parameters": content["hyper_parameters"]}, path)
         message = "has no state_dict"
