@@ -61,8 +61,7 @@ def tokens(arguments: Arguments) -> dict[str, Any]:
     if arguments.corpus is None:
         raise SystemExit("tokens needs a corpus")
     corpus = Corpus.open(arguments.corpus)
-    technologies = tuple(sorted({slide.technology for slide in corpus.slides}))
-    reader = RankConfig(context=("species", "modality"), extra_assays=technologies[:11]).reader(corpus)
+    reader = RankConfig(context=("species", "modality")).reader(corpus)
     expressed, result = corpus.column("n_genes"), {}
     mask = MaskedGenesConfig().rates
     print(f"{'file':<48}{'genes a cell':>14}{'cells / s':>12}{'least':>10}{'most':>10}")
