@@ -101,7 +101,7 @@ def main(arguments: Arguments) -> None:
 def shared(config: RunConfig) -> tuple[Any, ...]:
     """What runs must have in common to be compared; means lie with each run, and are of one corpus."""
     _, sample, objective = config.nicheformer()
-    own = replace(sample, mean_files=(), niche_neighbours=0, niche_length=0, niche_radius=None)
+    own = replace(sample, mean_files=(), niche_neighbours=0, niche_length=1, niche_radius=None)
     return config.split, config.technologies, own, objective
 
 
