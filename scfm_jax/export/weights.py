@@ -27,6 +27,7 @@ from scfm_jax.export.folder import (
     CONFIG,
     OWN,
     VOCAB,
+    PublishedWeights,
     check_tensors,
     load_pickle,
     published_family,
@@ -117,20 +118,9 @@ def import_run(
     config, n_genes = family.configure(source.config, recipe, where)
     shapes = family.shapes(config, n_genes)
     check_tensors(source, shapes, family)
-    means = {name: read_means(file, n_genes) for name, file in (technology_means or {}).items()}
-    if family is NICHEFORMER:
-        if source.own is not None:
-            config = with_own_settings(config, source.own, str(path / OWN))
-        if source.vocab is not None:
-            config = with_vocab(config, source.vocab, str(path / VOCAB))
-            named = vocabulary_of(source.vocab, n_genes, str(path / VOCAB), gene_names)
-            if vocabulary is not None and len(vocabulary) == n_genes and vocabulary.ids != named.ids:
-                raise InputError(
-                    path / VOCAB, "names other genes than the vocabulary given", "leave one of the two out"
-                )
-            vocabulary = vocabulary or named
-        means = {**source.means, **means}
-    elif means:
+    given = {name: read_means(file, n_genes) for name, file in (technology_means or {}).items()}
+    config, named, means = _what_tokens_mean(source, config, n_genes, gene_names)
+    if given and not isinstance(config.model, NicheformerConfig):
         raise InputError(path, "does not rank genes, so it has no technology means", "leave them out")
     if vocabulary is not None and len(vocabulary) != n_genes:
         raise InputError(
@@ -138,6 +128,11 @@ def import_run(
             f"is of {n_genes:,} genes, the vocabulary of {len(vocabulary):,}",
             "give the vocabulary that the weights were trained with",
         )
+    if vocabulary is not None and named is not None and vocabulary.ids != named.ids:
+        raise InputError(
+            path / VOCAB, "names other genes than the vocabulary given", "leave one of the two out"
+        )
+    vocabulary = vocabulary or named
     build = model_builder(config, n_genes)
     published = jax.tree.map(jnp.asarray, family.from_published(source.tensors, config, n_genes))
     parameters = {**initialise(build, jax.random.key(config.seed)), **published}
@@ -146,7 +141,7 @@ def import_run(
         "optimiser": make_optimiser(config.optimiser, abstract(build)[2]).init(parameters),
         "step": jnp.zeros((), jnp.int32),
     }
-    own = {name for name in shapes if not (family.optional and name.endswith(family.optional))}
+    own = {name for name in shapes if not name.endswith(family.optional)}
     origin = {
         "form": source.form,
         "config": source.config if source.form == "folder" else None,
@@ -163,10 +158,25 @@ def import_run(
         save_file(verbatim, scratch / _VERBATIM)
         if source.rest is not None:
             save_pickle(scratch / _REST, source.rest)
-        save_technology_means(scratch, means)
+        save_technology_means(scratch, {**means, **given})
         with Checkpoints(scratch / "checkpoints") as checkpoints:
             checkpoints.save(0, state)
     return sum(source.tensors[name].size for name in own)
+
+
+def _what_tokens_mean(
+    source: PublishedWeights, config: RunConfig, n_genes: int, gene_names: Mapping[str, str] | None
+) -> tuple[RunConfig, Vocabulary | None, Tensors]:
+    """What weights of Nicheformer bring along: how sentences are made, the genes, technology means."""
+    vocabulary = None
+    if isinstance(config.model, NicheformerConfig):
+        if source.own is not None:
+            config = with_own_settings(config, source.own, str(source.path / OWN))
+        if source.vocab is not None:
+            where = str(source.path / VOCAB)
+            config = with_vocab(config, source.vocab, where)
+            vocabulary = vocabulary_of(source.vocab, n_genes, where, gene_names)
+    return config, vocabulary, source.means
 
 
 @dataclass(frozen=True)
@@ -218,11 +228,7 @@ def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "u
         raise InputError(run, "does not know its genes (no vocabulary.json)", "train or import it again")
     _, parameters, step = restore_parameters(run, config, n_genes)
     tensors = family.to_published(parameters, config, n_genes)
-    weights = {
-        name: tensor
-        for name, tensor in sorted(tensors.items())
-        if not (family.optional and name.endswith(family.optional))
-    }
+    weights = {name: tensor for name, tensor in sorted(tensors.items()) if not name.endswith(family.optional)}
     exported = sum(tensor.size for tensor in weights.values())
     card = model_card(run, step, n_genes, licence, exported, parameters_hash(weights), family)
     rest: dict[str, Any] = {}
@@ -257,7 +263,7 @@ def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "u
                 for name, tensor in tensors.items()
             }
             write_folder(scratch, content, named, card, vocab=vocab, own=own, means=means)
-    counted = (name for name in unused if not (family.optional and name.endswith(family.optional)))
+    counted = (name for name in unused if not name.endswith(family.optional))
     return Exported(exported, sum(unused[name].size for name in counted))
 
 
