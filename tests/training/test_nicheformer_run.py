@@ -71,7 +71,7 @@ def test_embeddings_of_a_file(
         out.obsm["X_nicheformer"][corpus.column("source_row", cells)], direct, atol=1e-5
     )
     assert np.unique(direct.round(5), axis=0).shape[0] == len(cells)
-    assert out.uns["X_nicheformer"]["over"] == over
+    assert out.uns["X_nicheformer"]["over"] == over and out.uns["X_nicheformer"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize("over", ["genes", "context", "padding"])
