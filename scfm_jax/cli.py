@@ -188,7 +188,7 @@ def embed(
     over
         Nicheformer: its context tokens too, or its genes and padding, as the released code pools.
     hidden_layer
-        Nicheformer: of which layer, counted from 0; the last if not given.
+        Nicheformer: of which layer, counted from 0, or from the end as -1; the last if not given.
     key_added
         Key in obsm and uns; X_tissue or X_nicheformer if not given.
     checkpoint

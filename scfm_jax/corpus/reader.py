@@ -138,6 +138,7 @@ class Corpus:
             )
             for record, start in zip(records, self.slide_starts)
         )
+        self._technology_means: dict[str, Float64[np.ndarray, " n_genes"]] = {}
         self._cache_bytes = cache_bytes
         ring_bytes = int(cache_bytes * _RING_SHARE)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes - ring_bytes}})
@@ -336,6 +337,11 @@ class Corpus:
         -------
         NaN where no cell does.
         """
+        if technology not in self._technology_means:
+            self._technology_means[technology] = self._read_technology_means(technology)
+        return self._technology_means[technology].copy()
+
+    def _read_technology_means(self, technology: str) -> Float64[np.ndarray, " n_genes"]:
         scaled_sum, expressing = np.zeros(len(self.vocabulary)), np.zeros(len(self.vocabulary))
         for number, slide in enumerate(self.slides):
             if slide.technology == technology:

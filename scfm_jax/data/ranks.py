@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Int32, Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.reader import Slide
+from scfm_jax.corpus.store import SCALED_TOTAL
 from scfm_jax.data.batch import Array, SentenceBatch
 from scfm_jax.data.masks import seed_words, token_bits, under
 from scfm_jax.data.technology_means import means_of_slide, usable_means
@@ -381,7 +382,7 @@ class RankReader:
         sample, _ = np.nonzero(near >= 0)
         members, inverse = np.unique(near[near >= 0], return_inverse=True)
         rows = self.corpus.cells(members)
-        scale = 1e4 / np.maximum(self.corpus.column("total_matched", members), 1)
+        scale = SCALED_TOTAL / np.maximum(self.corpus.column("total_matched", members), 1)
         scaled = sp.csr_array(
             (rows.counts * np.repeat(scale, np.diff(rows.offsets)), rows.genes, rows.offsets),
             shape=(len(members), self.n_genes),
@@ -406,7 +407,7 @@ class RankReader:
     ) -> Ragged:
         """Places of the tokens that are masked."""
         number = np.zeros(len(cells), np.int64)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         if mask is None:
             return Ragged(number, number, {"places": np.zeros(0, np.int32)})
         for rows in self._parts(tokens.lengths):
@@ -417,10 +418,8 @@ class RankReader:
             masked = under(bits, mask.rate) & maskable(part["tokens"], part["segments"], context=mask.context)
             number[rows] = masked.sum(1)
             row, place = np.nonzero(masked)
-            found.append((rows[row], place))
+            found.append((rows[row], place, masked.cumsum(1)[row, place] - 1))
         starts, places = np.cumsum(number) - number, np.empty(int(number.sum()), np.int32)
-        for row, place in found:
-            first = np.concatenate([[0], np.flatnonzero(np.diff(row)) + 1]) if len(row) else np.zeros(0, int)
-            within = np.arange(len(row)) - np.repeat(first, np.diff(np.append(first, len(row))))
+        for row, place, within in found:
             places[starts[row] + within] = place
         return Ragged(starts, number, {"places": places})

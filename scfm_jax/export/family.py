@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from scfm_jax.errors import InputError
 from scfm_jax.models.functional import Parameters
 from scfm_jax.training.config import RunConfig
 
@@ -15,6 +16,17 @@ from scfm_jax.training.config import RunConfig
 Form = Literal["folder", "lightning"]
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, np.ndarray]
+
+
+def check_fixed(content: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
+    """Raise where a published config says otherwise than the one architecture that is known here."""
+    for field, value in fixed.items():
+        if content.get(field, value) != value:
+            raise InputError(
+                where,
+                f"the field {field!r} is {content[field]!r}",
+                f"only {value!r} is known to this version",
+            )
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,8 @@ class Family:
         For the model card.
     model_type
         Of a folder's ``config.json``.
+    forms
+        In which it is published.
     recipe
         Of `experiments`: what published weights are for, where the user does not say.
     prefix
@@ -57,6 +71,7 @@ class Family:
     title: str
     summary: str
     model_type: str
+    forms: tuple[Form, ...]
     recipe: str
     prefix: str
     heads: tuple[str, ...]

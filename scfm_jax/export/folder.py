@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from scfm_jax.errors import InputError
 from scfm_jax.export.family import Family, Form, Tensors
+from scfm_jax.training.run import MEANS, save_technology_means
 
 CONFIG, TENSORS, PICKLE, CARD, VOCAB = (
     "config.json",
@@ -27,7 +28,7 @@ CONFIG, TENSORS, PICKLE, CARD, VOCAB = (
 )
 CHECKPOINT = ".ckpt"
 # What a model of ours carries along: how its cells became sentences, and by which means.
-OWN, MEANS, _OF_OURS = "scfm_jax.json", "technology_means", "scfm_jax"
+OWN, _OF_OURS = "scfm_jax.json", "scfm_jax"
 # Of a checkpoint: tensors, which come back from our parameters, and what only training goes on from.
 _NOT_KEPT = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", _OF_OURS)
 DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
@@ -81,7 +82,7 @@ def published_family(path: Path, families: tuple[Family, ...]) -> Family:
     if path.is_file() and path.suffix != CHECKPOINT:
         raise InputError(path, f"is neither a folder nor a {CHECKPOINT} file", "name the published weights")
     if path.is_file():
-        return next(family for family in families if family.model_type == "nicheformer")
+        return next(family for family in families if "lightning" in family.forms)
     kind = read_json(path / CONFIG, path).get("model_type")
     for family in families:
         if family.model_type == kind:
@@ -214,9 +215,7 @@ def write_beside(
     for name, content in ((VOCAB, vocab), (OWN, own)):
         if content is not None:
             (path / name).write_text(json.dumps(content, indent=2) + "\n")
-    for name, values in means.items():
-        (path / MEANS).mkdir(exist_ok=True)
-        np.save(path / MEANS / f"{name}.npy", values)
+    save_technology_means(path, means)
 
 
 def write_checkpoint(

@@ -8,16 +8,15 @@ never run (``encoder_layer``), and the Lightning one two heads without a loss (`
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from scfm_jax.data.ranks import Context, RankConfig
 from scfm_jax.errors import InputError
-from scfm_jax.export.family import Family, Form, Shapes
+from scfm_jax.export.family import Family, Form, Shapes, check_fixed
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.embeddings import padded_size
 from scfm_jax.models.functional import Parameters
@@ -163,13 +162,7 @@ def _unused(run: RunConfig, form: Form) -> Shapes:
 
 def _configure(content: dict[str, Any], recipe: RunConfig, where: str) -> tuple[RunConfig, int]:
     model, sample, _ = recipe.nicheformer()
-    for field, value in _FIXED.items():
-        if content.get(field, value) != value:
-            raise InputError(
-                where,
-                f"the field {field!r} is {content[field]!r}",
-                f"only {value!r} is known to this version",
-            )
+    check_fixed(content, _FIXED, where)
     sizes: dict[str, Any] = {ours: _size(content, field, where) for ours, field in _SIZES.items()}
     n_genes = sizes.pop("n_tokens") - RESERVED_TOKENS
     if n_genes < 1:
@@ -203,7 +196,7 @@ def _configure(content: dict[str, Any], recipe: RunConfig, where: str) -> tuple[
 def own_settings(run: RunConfig) -> dict[str, Any]:
     """How cells became sentences: what an import of an exported model needs beside the published config."""
     _, sample, _ = run.nicheformer()
-    settings = dataclasses.asdict(sample)
+    settings = asdict(sample)
     return {"sample": {name: settings[name] for name in _SENTENCE}}
 
 
@@ -219,7 +212,7 @@ def with_own_settings(run: RunConfig, own: dict[str, Any], where: str) -> RunCon
     said = own.get("sample")
     if not isinstance(said, dict) or set(said) - set(_SENTENCE):
         raise InputError(where, "holds no sample of this version", "export the run again, or remove the file")
-    sample = from_dict(RankConfig, dataclasses.asdict(sample) | said, where, "sample.")
+    sample = from_dict(RankConfig, asdict(sample) | said, where, "sample.")
     return replace(run, data=replace(run.data, sample=sample))
 
 
@@ -353,6 +346,7 @@ NICHEFORMER = Family(
     title="Nicheformer",
     summary="A cell as a sentence of its genes by rank, pretrained by masked genes (Nicheformer).",
     model_type=MODEL_TYPE,
+    forms=("folder", "lightning"),
     recipe="nicheformer_49m",
     prefix="nicheformer.",
     heads=(f"{HEAD}.", "pooler_head.", "cls_head."),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from scfm_jax.errors import InputError
-from scfm_jax.export.family import Family
+from scfm_jax.export.family import Family, check_fixed
 from scfm_jax.models.embeddings import padded_size
 from scfm_jax.models.functional import Parameters
 from scfm_jax.models.rotary import inverse_frequencies
@@ -202,13 +202,7 @@ def tissue_config(content: dict[str, Any], decoder_layers: int, where: str) -> t
     InputError
         Another architecture, or a missing field.
     """
-    for field, value in _FIXED.items():
-        if content.get(field, value) != value:
-            raise InputError(
-                where,
-                f"the field {field!r} is {content[field]!r}",
-                f"only {value!r} is known to this version",
-            )
+    check_fixed(content, _FIXED, where)
     fields = {name: _checked(content, name, where) for name in _FIELDS}
     try:
         encoder = TransformerConfig(
@@ -282,6 +276,7 @@ TISSUE = Family(
     title="AIDO.Tissue",
     summary="A cell and its spatial neighbours, pretrained by column masking (AIDO.Tissue).",
     model_type=MODEL_TYPE,
+    forms=("folder",),
     recipe="tissue_3m",
     prefix="bert.",
     heads=("cls.",),

@@ -213,7 +213,7 @@ def export_run(run: Path, out: Path, *, form: Form = "folder", licence: str = "u
     config, _ = read_run(run)
     family = FAMILIES[type(config.model)]
     family.check(config)
-    if form == "lightning" and family is not NICHEFORMER:
+    if form not in family.forms:
         raise InputError(run, f"is of {family.title}, which has no Lightning form", "use --format published")
     if form == "lightning" and out.suffix != CHECKPOINT:
         raise InputError(out, "is no name of a checkpoint", f"name it {out.name}{CHECKPOINT}")
