@@ -61,11 +61,11 @@ def slide_weights(corpus: Corpus, entries: Sequence[str]) -> Float64[np.ndarray,
             weight = float(number)
         except ValueError:
             weight = -1.0
-        if (kinds and field not in kinds[0]) or not 0 <= weight < float("inf"):
+        if field not in kinds[0] or not 0 <= weight < float("inf"):
             raise InputError(
                 "data.weights",
                 f"cannot read {entry!r}",
-                f"write FIELD=VALUE=WEIGHT: one of {', '.join(kind_of(corpus.slides[0]))}, and 0 or more",
+                f"write FIELD=VALUE=WEIGHT: one of {', '.join(kinds[0])}, and 0 or more",
             )
         named = np.array([kind[field] == value for kind in kinds])
         if not named.any():
