@@ -20,6 +20,10 @@ class InputError(ValueError):
         self.where, self.problem, self.mend = str(where), problem, mend
         super().__init__(" ".join(f"{self.where}: {problem}; {mend}".split()))
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        # An exception is rebuilt from its message alone, on the way from a worker process.
+        return type(self), (self.where, self.problem, self.mend)
+
 
 def check_least(config: object, least: float, *fields: str) -> None:
     """Raise ValueError for the first of a config's fields that is below `least`, or no number."""

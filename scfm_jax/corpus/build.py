@@ -1,62 +1,44 @@
-"""From AnnData files to a corpus: check every file, then write slide after slide, and put it in place.
+"""From files of counts to a corpus: check every file, write the slides, put them together.
 
-The build works in ``OUT.partial``. A slide that is finished there is marked with a fingerprint of all that it
-was made from, and a later build of the same corpus takes it over. Only a whole corpus is renamed to ``OUT``.
+The build works where the corpus will be, in ``building/`` beside the slides, and the manifest is written
+last: until then there is no corpus, or still the corpus of before. A slide that is finished is marked with a
+fingerprint of all that it was made from, and a later build of the same takes it over.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int
-
-from scfm_jax.corpus.h5ad import CountsFile, Totals
-from scfm_jax.corpus.manifest import (
-    PARTIAL_SUFFIX,
-    REPORT,
-    SCHEMA,
-    SLIDE,
-    VOCABULARY,
-    canonical_json,
-    sha256_bytes,
-    sha256_file,
-    write_manifest,
+from scfm_jax.corpus.assemble import assemble, event
+from scfm_jax.corpus.check import (
+    Counted,
+    CountJob,
+    Outline,
+    count,
+    fingerprint_of,
+    outline_sources,
+    report_source,
+    request_hash,
 )
-from scfm_jax.corpus.neighbours import hilbert_order
-from scfm_jax.corpus.slide import SlideContent, slide_folder, write_slide
+from scfm_jax.corpus.manifest import BUILDING, MANIFEST, SCHEMA, read_manifest
+from scfm_jax.corpus.place import Place
+from scfm_jax.corpus.reader import Corpus
 from scfm_jax.corpus.sources import Source
-from scfm_jax.corpus.spool import Spool
-from scfm_jax.corpus.store import OVERFLOW
+from scfm_jax.corpus.store import StoreOptions
+from scfm_jax.corpus.workers import run_jobs
+from scfm_jax.corpus.write import FINISHED, WriteJob, clear_scratch, write_slides
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Alignment, Orthologs, Vocabulary, align
 
-_SHUFFLE_SEED = 0
-_FINISHED = "finished"
-_SPOOL = "spool"
-_MOST_LOST = 0.10
+# Slides of one file are written together up to this many non-zeros, so that small ones share a pass over it.
+_ENTRIES_OF_A_JOB = 1 << 25
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A source that has been read once and found good."""
-
-    source: Source
-    target: Int[np.ndarray, " n_source_genes"]
-    totals: Totals
-    fingerprint: dict[str, Any]
-    report: dict[str, Any]
 
 
 def build_corpus(
@@ -69,15 +51,18 @@ def build_corpus(
     orthologs: Orthologs | None = None,
     min_counts: int = 1,
     n_neighbours: int = 64,
+    options: StoreOptions | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Build a corpus from AnnData files.
+    """Build a corpus.
 
     Parameters
     ----------
     out
-        Folder to make. It appears only when the corpus is whole; until then there is ``OUT.partial``, from
-        which an interrupted build goes on.
+        Folder to make, or a prefix of a bucket (``gs://``, ``s3://``). A build that was interrupted goes on
+        when it is called again; one that is done already does nothing.
     sources
         The files. A file with several sections gives a slide ``<file stem>/<section>`` for each, any other
         one slide ``<file stem>``.
@@ -89,6 +74,12 @@ def build_corpus(
         Cells with fewer counts over vocabulary genes are dropped, and reported.
     n_neighbours
         Neighbours stored for each spatial cell: the nearest kept cells of its section.
+    options
+        Codec and size of files; if not given, lz4, with larger files in a bucket than in a folder.
+    workers
+        Processes that share the files and slides out. They change nothing in the corpus.
+    scheduler
+        Address of a Dask scheduler whose workers do so, and see the same files and ``out``.
     progress
         Called with what was just done and with how many of how many cells are done; every cell counts twice,
         checked and written.
@@ -112,256 +103,240 @@ def build_corpus(
     -----
     Memory does not grow with the counts of a file, only by some tens of bytes for each of its cells.
     """
-    out = Path(out)
-    if not sources:
-        raise InputError(out, "no source file is given", "give at least one .h5ad file")
+    place = Place(out)
     if n_neighbours < 1 or min_counts < 0:
         raise InputError(
-            out, f"n_neighbours is {n_neighbours}, min_counts {min_counts}", "give at least 1 and 0"
+            place, f"n_neighbours is {n_neighbours}, min_counts {min_counts}", "give at least 1 and 0"
         )
-    if out.exists():
-        raise InputError(out, "it exists already", "remove it or choose another name")
-    tell = progress or (lambda what, done, total: None)
-    names, n_source_cells = _check_structure(sources)
+    exists = _exists(place)
+    outlines = _outlines(place, sources)
     tables: dict[str, Any] = {"gene_names": gene_names, "aliases": aliases, "orthologs": orthologs}
     if vocabulary is None:
-        vocabulary = Vocabulary.from_names([(n, s.species) for n, s in zip(names, sources)], **tables)
-    done, total = 0, 2 * sum(n_source_cells)
+        named = [(outline.gene_names, outline.source.species) for outline in outlines]
+        vocabulary = Vocabulary.from_names(named, **tables)
     settings = {
-        "schema": SCHEMA,
         "vocabulary": vocabulary.hash,
         "min_counts": min_counts,
         "n_neighbours": n_neighbours,
     }
-    checked = []
-    for source, genes, n_cells in zip(sources, names, n_source_cells):
-        checked.append(
-            _check_counts(source, align(genes, vocabulary, species=source.species, **tables), settings)
-        )
-        done += n_cells
-        tell(f"checked {Path(source.path).name}", done, total)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    with _keeping_finished(partial):
-        slides: dict[str, dict[str, Any]] = {}
-        for file, n_cells in zip(checked, n_source_cells):
-            for folder, slide in _write_slides(partial, file, len(vocabulary), settings):
-                slides[folder] = slide
-                tell(f"wrote {slide['record']['name']}", done + slide["record"]["n_cells"], total)
-                done += slide["record"]["n_cells"]
-                n_cells -= slide["record"]["n_cells"]
-            done += n_cells
-        report = _finish(partial, slides, checked, vocabulary, settings)
-        partial.rename(out)
-    tell("corpus is whole", total, total)
+    options = options or StoreOptions(shard_factor=1 if place.is_local else 4)
+    work = _Work(place, outlines, vocabulary, tables, settings, options)
+    if exists:
+        done = _report_of_request(place, work.request)
+        if done is None:
+            raise InputError(place, "it exists already", "remove it, choose another name, or add to it")
+        return done
+    folders, reports = work.run(workers, scheduler, progress or _tell_nobody)
+    history = [event("build", request=work.request, sources=[asdict(source) for source in sources])]
+    with _keeping_finished(place):
+        report = assemble(place, folders, vocabulary, settings, reports, history)
+    place.delete(f"{BUILDING}/")
     return report
 
 
-def _check_structure(sources: Sequence[Source]) -> tuple[list[list[str]], list[int]]:
-    names, n_cells = [], []
-    owner: dict[str, str] = {}
-    for source in sources:
-        with contextlib.closing(CountsFile(source)) as file:
-            names.append(file.gene_names)
-            n_cells.append(len(file.obs))
-            for label in source.labels:
-                file.label(label)
-            for slide in _slide_names(file):
-                if slide in owner:
-                    mend = "rename one file, or give it once"
-                    raise InputError(source.path, f"slide {slide!r} would come from {owner[slide]} too", mend)
-                owner[slide] = source.path
-    return names, n_cells
+def add_sources(
+    path: str | Path,
+    sources: Sequence[Source],
+    *,
+    gene_names: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    orthologs: Orthologs | None = None,
+    workers: int = 1,
+    scheduler: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Add the slides of files to a corpus; those that it holds are not touched and keep their cell numbers.
 
+    Parameters
+    ----------
+    path
+        The corpus. Its vocabulary and settings hold for the new slides.
+    sources, gene_names, aliases, orthologs, workers, scheduler, progress
+        As of `build_corpus`.
 
-def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]) -> _Checked:
-    if not (alignment.target >= 0).any():
-        mend = "check the species, or give a table of gene names, aliases or orthologs, or another vocabulary"
-        raise InputError(source.path, "var_names: no gene is in the vocabulary", mend)
-    with contextlib.closing(CountsFile(source)) as file:
-        totals = file.totals(alignment.target)
-        found = file.piece_warnings()
-        layer = file.layer
-    n_cells = len(totals.cell_matched)
-    empty = int((totals.cell_matched == 0).sum())
-    dropped = int((totals.cell_matched < settings["min_counts"]).sum())
-    if dropped == n_cells:
-        mend = "lower min_counts, or leave the file out"
-        raise InputError(
-            source.path, f"{layer}: no cell has {settings['min_counts']} counts in the vocabulary", mend
+    Returns
+    -------
+    The report of the whole corpus.
+
+    Raises
+    ------
+    InputError
+        As of `build_corpus`; or a slide that the corpus has already.
+    """
+    place = Place(path)
+    corpus = Corpus.open(path, cache_bytes=0)
+    manifest = corpus.manifest
+    taken = [slide.name for slide in corpus.slides]
+    settings = {name: manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")}
+    options = StoreOptions(*(manifest["slides"][-1][name] for name in ("codec", "shard_factor")))
+    tables: dict[str, Any] = {"gene_names": gene_names, "aliases": aliases, "orthologs": orthologs}
+    outlines = _outlines(place, sources)
+    work = _Work(place, outlines, corpus.vocabulary, tables, settings, options)
+    if (done := _report_of_request(place, work.request)) is not None:
+        return done
+    outline_sources(sources, taken)
+    folders, reports = work.run(workers, scheduler, progress or _tell_nobody)
+    before = manifest["provenance"]["history"]
+    added = event("add", request=work.request, sources=[asdict(source) for source in sources])
+    with _keeping_finished(place):
+        report = assemble(
+            place,
+            [*(record["folder"] for record in manifest["slides"]), *folders],
+            corpus.vocabulary,
+            settings,
+            [*corpus.report["files"], *reports],
+            [*before, added],
         )
-    if totals.cell_entries.max() > OVERFLOW:
-        mend = f"use a vocabulary of at most {OVERFLOW} genes"
-        raise InputError(
-            source.path, f"{layer}: a cell has {totals.cell_entries.max()} expressed genes", mend
-        )
-    genes = alignment.report(totals.gene)
-    if genes["share_lost"] > _MOST_LOST:
-        found.append(f"{genes['share_lost']:.1%} of counts are lost with genes outside the vocabulary")
-    stat = Path(source.path).stat()
-    report = {
-        "path": source.path,
-        "layer": layer,
-        "n_cells": n_cells,
-        "n_kept": n_cells - dropped,
-        "dropped": {"no counts": min(empty, dropped), "under min_counts": max(dropped - empty, 0)},
-        "genes": genes,
-        "warnings": [],
-    }
-    _warn(report, source.path, found)
-    fingerprint = {
-        **settings,
-        "source": asdict(source) | {"path": str(Path(source.path).resolve())},
-        "bytes": stat.st_size,
-        "modified_ns": stat.st_mtime_ns,
-        "target": sha256_bytes(np.ascontiguousarray(alignment.target).tobytes()),
-    }
-    return _Checked(source, alignment.target, totals, fingerprint, report)
+    place.delete(f"{BUILDING}/")
+    return report
 
 
-def _slide_names(file: CountsFile) -> list[str]:
-    """Name the slide of each section of a file."""
-    stem = Path(file.source.path).stem
-    return [f"{stem}/{section}" if len(file.sections) > 1 else stem for section in file.sections]
+class _Work:
+    """What is to be read and written for some sources."""
+
+    def __init__(
+        self,
+        place: Place,
+        outlines: Sequence[Outline],
+        vocabulary: Vocabulary,
+        tables: dict[str, Any],
+        settings: dict[str, Any],
+        options: StoreOptions,
+    ) -> None:
+        self._place, self._outlines, self._n_genes = place, outlines, len(vocabulary)
+        self._settings, self._options = settings, options
+        self._alignments: list[Alignment] = [
+            align(outline.gene_names, vocabulary, species=outline.source.species, **tables)
+            for outline in outlines
+        ]
+        made_with = {**settings, "schema": SCHEMA, "options": asdict(options)}
+        self._fingerprints = [
+            fingerprint_of(outline, alignment, made_with)
+            for outline, alignment in zip(outlines, self._alignments)
+        ]
+        self.request = request_hash(self._fingerprints)
+
+    def run(
+        self, workers: int, scheduler: str | None, tell: Progress
+    ) -> tuple[list[str], list[dict[str, Any]]]:
+        """Write the slides; return their folders and the report of each source."""
+        total = 2 * sum(outline.n_cells for outline in self._outlines)
+        done = 0
+        jobs = [
+            CountJob(outline.source, alignment.target, self._settings["min_counts"])
+            for outline, alignment in zip(self._outlines, self._alignments)
+        ]
+        counted: dict[int, Counted] = {}
+        for number, result in run_jobs(count, jobs, workers=workers, scheduler=scheduler):
+            counted[number] = result
+            done += self._outlines[number].n_cells
+            tell(f"checked {Path(self._outlines[number].source.path).name}", done, total)
+        reports, found = [], []
+        for number, (outline, alignment) in enumerate(zip(self._outlines, self._alignments)):
+            report, warned = report_source(outline, counted[number], alignment, self._settings["min_counts"])
+            reports.append(report)
+            found.append(warned)
+            _warn(report, outline.source.path, warned)
+        with _keeping_finished(self._place):
+            clear_scratch(self._place)
+            owners, writes = self._writes(counted, workers == 1 and scheduler is None)
+            written: dict[int, list[tuple[str, dict[str, Any]]]] = {}
+            for number, slides in run_jobs(write_slides, writes, workers=workers, scheduler=scheduler):
+                written[number] = slides
+                done += sum(slide["record"]["n_cells"] for _, slide in slides)
+                tell(f"wrote {', '.join(slide['record']['name'] for _, slide in slides)}", done, total)
+        folders: list[str] = []
+        for report in reports:
+            report["slides"] = []
+        for number, owner in enumerate(owners):
+            for folder, slide in written[number]:
+                folders.append(folder)
+                reports[owner]["slides"].append(slide["record"]["name"])
+                _warn(reports[owner], slide["record"]["name"], slide["warnings"])
+        tell("every slide is written", total, total)
+        return folders, reports
+
+    def _writes(self, counted: dict[int, Counted], alone: bool) -> tuple[list[int], list[WriteJob]]:
+        """The source that each job belongs to, and the jobs, in the order of the slides."""
+        owners, jobs = [], []
+        for number, (outline, alignment) in enumerate(zip(self._outlines, self._alignments)):
+            entries = counted[number].entries_of_slide
+            # A file that is not stored by cell is read whole for each job: so it gets one.
+            group = (entries.cumsum() - 1) // _ENTRIES_OF_A_JOB if counted[number].by_cell else entries * 0
+            for value in dict.fromkeys(group.tolist()):
+                sections = tuple(s for s in range(len(entries)) if group[s] == value)
+                owners.append(number)
+                jobs.append(
+                    WriteJob(
+                        place=str(self._place),
+                        source=outline.source,
+                        target=alignment.target,
+                        totals=counted[number].totals,
+                        sections=sections,
+                        fingerprint=self._fingerprints[number],
+                        n_genes=self._n_genes,
+                        min_counts=self._settings["min_counts"],
+                        n_neighbours=self._settings["n_neighbours"],
+                        options=self._options,
+                        threads=-1 if alone else 1,
+                    )
+                )
+        return owners, jobs
 
 
-def _write_slides(
-    partial: Path, checked: _Checked, n_genes: int, settings: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Write the slides of one source, or take over those that are finished."""
-    with contextlib.closing(CountsFile(checked.source)) as file:
-        contents = [c for c in _contents(file, checked, n_genes, settings["min_counts"]) if len(c.source_row)]
-        checked.report["slides"] = [content.name for content in contents]
-        fingerprints = [checked.fingerprint | {"slide": content.name} for content in contents]
-        finished = [_finished_slide(partial, c.name, f) for c, f in zip(contents, fingerprints)]
-        waiting = [number for number, slide in enumerate(finished) if slide is None]
-        if waiting:
-            pieces = [contents[number].source_row for number in waiting]
-            spool = Spool(partial / _SPOOL, pieces, checked.totals.cell_entries, n_genes)
-            spool.fill(file.entries(), checked.target)
-        for number, content in enumerate(contents):
-            slide, folder = finished[number], slide_folder(content.name)
-            if slide is None:
-                shutil.rmtree(partial / folder, ignore_errors=True)
-                (partial / folder).mkdir(parents=True)
-                rows = spool.rows(waiting.index(number))
-                slide = write_slide(partial / folder, content, rows, settings["n_neighbours"])
-                _mark_finished(partial, content.name, fingerprints[number])
-            _warn(checked.report, content.name, slide["warnings"])
-            yield folder, slide
-    shutil.rmtree(partial / _SPOOL, ignore_errors=True)
+def _tell_nobody(what: str, done: int, total: int) -> None:
+    pass
 
 
-def _contents(file: CountsFile, checked: _Checked, n_genes: int, min_counts: int) -> Iterator[SlideContent]:
-    labels = {name: file.label(name) for name in file.source.labels}
-    totals = checked.totals
-    kept = totals.cell_matched >= min_counts
-    for number, name in enumerate(_slide_names(file)):
-        rows = np.flatnonzero(kept & (file.section_of == number))
-        if file.coordinates is None:
-            rows = np.random.default_rng(_SHUFFLE_SEED).permutation(rows)
-        else:
-            rows = rows[hilbert_order(file.coordinates[rows])]
-        yield SlideContent(
-            name=name,
-            section=file.sections[number],
-            source=file.source,
-            n_genes=n_genes,
-            panel=np.unique(checked.target[checked.target >= 0]),
-            source_row=rows,
-            total_raw=totals.cell_raw[rows],
-            total_matched=totals.cell_matched[rows],
-            xy=None if file.coordinates is None else file.coordinates[rows],
-            labels={label: (codes[rows], classes) for label, (codes, classes) in labels.items()},
-        )
+def _outlines(place: Place, sources: Sequence[Source]) -> list[Outline]:
+    if not sources:
+        raise InputError(place, "no source file is given", "give at least one file")
+    return outline_sources(sources)
 
 
-def _marker(partial: Path, name: str) -> Path:
-    return partial / _FINISHED / f"{Path(slide_folder(name)).name}.json"
+def _exists(place: Place) -> bool:
+    """Whether a corpus is there.
+
+    Raises
+    ------
+    InputError
+        Something else is.
+    """
+    mend = "remove it or choose another name"
+    if place.is_local and place.path.exists() and not place.path.is_dir():
+        raise InputError(place, "it exists already", mend)
+    if place.read(MANIFEST) is not None:
+        return True
+    if place.names() and not place.names(f"{BUILDING}/"):
+        raise InputError(place, "it exists already and is no corpus", mend)
+    return False
 
 
-def _mark_finished(partial: Path, name: str, fingerprint: dict[str, Any]) -> None:
-    marker = _marker(partial, name)
-    marker.parent.mkdir(exist_ok=True)
-    draft = marker.with_suffix(".draft")
-    draft.write_bytes(canonical_json(fingerprint))
-    draft.rename(marker)
-
-
-def _finished_slide(partial: Path, name: str, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-    marker = _marker(partial, name)
-    if marker.exists() and marker.read_bytes() == canonical_json(fingerprint):
-        return json.loads((partial / slide_folder(name) / SLIDE).read_bytes())
-    marker.unlink(missing_ok=True)
-    return None
+def _report_of_request(place: Place, request: str) -> dict[str, Any] | None:
+    """The report of the corpus, if it holds what is asked for."""
+    history = read_manifest(place)["provenance"]["history"]
+    asked = any(entry.get("request") == request for entry in history)
+    return Corpus.open(str(place), cache_bytes=0).report if asked else None
 
 
 @contextlib.contextmanager
-def _keeping_finished(partial: Path) -> Iterator[None]:
+def _keeping_finished(place: Place) -> Iterator[None]:
     """Leave nothing behind a failed build but finished slides."""
-    shutil.rmtree(partial / _SPOOL, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
+    if place.is_local:
+        place.path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        shutil.rmtree(partial / _SPOOL, ignore_errors=True)
-        if not any((partial / _FINISHED).glob("*.json")):
-            shutil.rmtree(partial)
+        clear_scratch(place)
+        if not place.names(f"{FINISHED}/"):
+            place.delete(f"{BUILDING}/")
+            if place.is_local:
+                with contextlib.suppress(OSError):
+                    place.path.rmdir()
         raise
 
 
-def _warn(report: dict[str, Any], where: str, found: list[str]) -> None:
+def _warn(report: dict[str, Any], where: str, found: Sequence[str]) -> None:
     for text in found:
         report["warnings"].append(f"{where}: {text}")
-        warnings.warn(report["warnings"][-1], DataWarning, stacklevel=2)
-
-
-def _finish(
-    partial: Path,
-    slides: dict[str, dict[str, Any]],
-    checked: list[_Checked],
-    vocabulary: Vocabulary,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    """Write vocabulary, report and manifest, and remove what the corpus does not need."""
-    for path in (partial / "slides").iterdir():
-        if f"slides/{path.name}" not in slides:
-            shutil.rmtree(path)
-    vocabulary.save(partial / VOCABULARY)
-    panels: dict[tuple[int, ...], int] = {}
-    classes: dict[str, set[str]] = {}
-    records = []
-    for folder, slide in slides.items():
-        panel = panels.setdefault(tuple(slide["panel"]), len(panels))
-        for label, values in slide["labels"].items():
-            classes.setdefault(label, set()).update(values)
-        records.append(
-            slide["record"]
-            | {"folder": folder, "panel": panel, "checksum": sha256_file(partial / folder / SLIDE)}
-        )
-    report = {
-        "n_cells": sum(record["n_cells"] for record in records),
-        "n_slides": len(records),
-        "n_genes": len(vocabulary),
-        "files": [file.report for file in checked],
-    }
-    (partial / REPORT).write_bytes(canonical_json(report))
-    packages = ("scfm_jax", "anndata", "numpy", "scipy", "tensorstore")
-    write_manifest(
-        partial,
-        {
-            **settings,
-            "n_genes": len(vocabulary),
-            "vocabulary_checksum": sha256_file(partial / VOCABULARY),
-            "panels": [list(panel) for panel in panels],
-            "labels": {label: sorted(values) for label, values in classes.items()},
-            "slides": records,
-            "provenance": {
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "packages": {name: version(name) for name in packages},
-                "sources": [asdict(file.source) for file in checked],
-                "report_checksum": sha256_file(partial / REPORT),
-            },
-        },
-    )
-    shutil.rmtree(partial / _FINISHED)
-    return report
+        warnings.warn(report["warnings"][-1], DataWarning, stacklevel=3)

@@ -11,17 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scfm_jax.corpus.place import Place
 from scfm_jax.errors import InputError
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "manifest.json"
 VOCABULARY = "vocabulary.json"
-REPORT = "report.json"
 SLIDE = "slide.json"
-PARTIAL_SUFFIX = ".partial"
+# What a build keeps until it is done; a folder that holds it and no manifest is an unfinished corpus.
+BUILDING = "building"
 
-# How the corpus came to be says nothing of what is in it: two builds of the same cells have the same hash.
+# How the corpus came to be, and where its slides lie, says nothing of what is in it: two builds of the same
+# cells have the same hash.
 _NOT_HASHED = ("provenance", "hash", "checksum")
+_NOT_HASHED_OF_SLIDE = ("folder",)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -44,7 +47,11 @@ def sha256_file(path: Path) -> str:
 
 def corpus_hash(manifest: dict[str, Any]) -> str:
     """Return the SHA-256 of what a manifest says of the corpus's content, provenance left out."""
-    return sha256_bytes(canonical_json({k: v for k, v in manifest.items() if k not in _NOT_HASHED}))
+    content = {k: v for k, v in manifest.items() if k not in _NOT_HASHED}
+    content["slides"] = [
+        {k: v for k, v in record.items() if k not in _NOT_HASHED_OF_SLIDE} for record in manifest["slides"]
+    ]
+    return sha256_bytes(canonical_json(content))
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
@@ -52,33 +59,39 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     return sha256_bytes(canonical_json({k: v for k, v in manifest.items() if k != "checksum"}))
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Add hash and checksum to ``manifest``, write it to ``folder`` and return what was written."""
+def write_manifest(place: Place, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Add hash and checksum to ``manifest``, write it to ``place`` and return what was written."""
     manifest = {**manifest, "hash": corpus_hash(manifest)}
     manifest["checksum"] = manifest_checksum(manifest)
-    (folder / MANIFEST).write_bytes(canonical_json(manifest))
+    place.write(MANIFEST, canonical_json(manifest))
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of the corpus in ``folder``.
+def _hash_fits(manifest: dict[str, Any]) -> bool:
+    try:
+        return manifest["hash"] == corpus_hash(manifest)
+    except (KeyError, AttributeError, TypeError):
+        return False
+
+
+def read_manifest(place: Place) -> dict[str, Any]:
+    """Read and check the manifest of the corpus at ``place``.
 
     Raises
     ------
     InputError
         No corpus there, an unfinished one, a manifest that is damaged, or one of a newer schema.
     """
-    path = folder / MANIFEST
-    if not path.is_file():
-        unfinished = folder.with_name(folder.name + PARTIAL_SUFFIX).is_dir()
+    path, data = place / MANIFEST, place.read(MANIFEST)
+    if data is None:
         mend = (
             "its build did not finish: run it again"
-            if unfinished
-            else "give a folder that `scfm corpus build` made"
+            if place.names(BUILDING)
+            else "give what `scfm corpus build` made"
         )
-        raise InputError(folder, f"no {MANIFEST} there, so no corpus", mend)
+        raise InputError(place, f"no {MANIFEST} there, so no corpus", mend)
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(data)
         schema = manifest["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(path, f"the manifest cannot be read ({error})", "build the corpus again") from None
@@ -90,7 +103,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     if schema < SCHEMA:
         raise InputError(path, f"schema is {schema}, this scfm_jax reads {SCHEMA}", "build the corpus again")
-    if manifest.get("hash") != corpus_hash(manifest):
+    if not _hash_fits(manifest):
         raise InputError(
             path, "hash does not fit the rest of the manifest, so it was changed", "build the corpus again"
         )

@@ -46,7 +46,7 @@ def hilbert_order(xy: Float[np.ndarray, "n 2"]) -> Int[np.ndarray, " n"]:
 
 
 def nearest(
-    xy: Float[np.ndarray, "n 2"], k: int
+    xy: Float[np.ndarray, "n 2"], k: int, *, threads: int = -1
 ) -> Iterator[tuple[Int[np.ndarray, "rows k"], Float[np.ndarray, "rows k"]]]:
     """Find the ``k`` nearest other points of every point, a bounded number of rows at a time.
 
@@ -56,6 +56,8 @@ def nearest(
         Coordinates of one section, in any unit.
     k
         Neighbours of each point.
+    threads
+        Of the search; -1 for one a core.
 
     Yields
     ------
@@ -66,7 +68,7 @@ def nearest(
     tree = cKDTree(xy)
     for start in range(0, len(xy), _QUERY_ROWS):
         rows = np.arange(start, min(start + _QUERY_ROWS, len(xy)))
-        distance, found = map(np.asarray, tree.query(xy[rows], k=k + 1, workers=-1))
+        distance, found = map(np.asarray, tree.query(xy[rows], k=k + 1, workers=threads))
         found = np.where(np.isfinite(distance), found, -1)
         # Where more than k points coincide the tree may not list the point itself: then the last one goes.
         own = found == rows[:, None]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped
 
-from scfm_jax.corpus.blocks import BlockRing, Blocks, gather
-from scfm_jax.corpus.manifest import REPORT, SLIDE, VOCABULARY, read_manifest
-from scfm_jax.corpus.store import BLOCK, LAYOUTS, SlideArrays, gene_layout
+from scfm_jax.corpus.block_reader import BlockReader
+from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_manifest, sha256_bytes
+from scfm_jax.corpus.place import Place
+from scfm_jax.corpus.store import BLOCK
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 
@@ -28,7 +28,9 @@ _COLUMNS = {
     "n_genes": "nnz",
     "source_row": "source_row",
 }
-_RING_SHARE = 0.75
+_DTYPES: dict[str, type] = {"x": np.float32, "y": np.float32, "source_row": np.int64}
+# Columns that batches are made of are read by block, and kept.
+_BY_BLOCK = ("x", "y", "total_matched")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +83,6 @@ class Cells:
     offsets: Int64[np.ndarray, " n_and_end"]
 
 
-@dataclass(frozen=True)
-class _SlideIndex:
-    """What must be in memory to read a slide's blocks."""
-
-    arrays: SlideArrays
-    block_starts: Int64[np.ndarray, " blocks_and_end"]
-    overflow_position: Int64[np.ndarray, " m"]
-    overflow_count: Int32[np.ndarray, " m"]
-
-
 class Corpus:
     """A corpus on disk, read lazily. Open one with `Corpus.open`.
 
@@ -100,7 +92,7 @@ class Corpus:
     Attributes
     ----------
     path
-        Its folder.
+        Its folder, or its prefix in a bucket.
     hash
         SHA-256 of its content: equal for equal corpora, wherever they lie.
     manifest
@@ -116,9 +108,10 @@ class Corpus:
     """
 
     def __init__(
-        self, path: Path, manifest: dict[str, Any], vocabulary: Vocabulary, cache_bytes: int
+        self, place: Place, manifest: dict[str, Any], vocabulary: Vocabulary, cache_bytes: int
     ) -> None:
-        self.path, self.manifest, self.vocabulary = str(path), manifest, vocabulary
+        self.path, self.manifest, self.vocabulary = str(place), manifest, vocabulary
+        self._place = place
         self.hash: str = manifest["hash"]
         self.n_neighbours: int = manifest["n_neighbours"]
         records = manifest["slides"]
@@ -140,14 +133,7 @@ class Corpus:
         )
         self._technology_means: dict[str, Float64[np.ndarray, " n_genes"]] = {}
         self._cache_bytes = cache_bytes
-        ring_bytes = int(cache_bytes * _RING_SHARE)
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes - ring_bytes}})
-        self._first_block = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
-        self._gene_dtype = np.dtype(LAYOUTS[gene_layout(len(vocabulary))].dtype)
-        nnz = sum(record["nnz"] for record in records)
-        self._ring = BlockRing(int(self._first_block[-1]), nnz, self._gene_dtype, ring_bytes)
-        self._lock = threading.Lock()
-        self._indexes: dict[int, _SlideIndex] = {}
+        self._blocks = BlockReader(place, manifest, len(vocabulary), cache_bytes)
         self._labels: dict[int, dict[str, tuple[int, Int32[np.ndarray, " classes"]]]] = {}
 
     @classmethod
@@ -166,17 +152,17 @@ class Corpus:
         InputError
             No whole corpus there, or one of a newer schema.
         """
-        path = Path(path)
-        manifest = read_manifest(path)
+        place = Place(path)
+        manifest = read_manifest(place)
         try:
-            vocabulary = Vocabulary.from_dict(json.loads((path / VOCABULARY).read_bytes()))
-        except (OSError, ValueError) as error:
+            vocabulary = Vocabulary.from_dict(json.loads(place.read(VOCABULARY) or b""))
+        except ValueError as error:
             raise InputError(
-                path / VOCABULARY, f"it cannot be read ({error})", "build the corpus again"
+                place / VOCABULARY, f"it cannot be read ({error})", "build the corpus again"
             ) from None
         if vocabulary.hash != manifest["vocabulary"]:
-            raise InputError(path / VOCABULARY, "its hash is not the manifest's", "build the corpus again")
-        return cls(path, manifest, vocabulary, cache_bytes)
+            raise InputError(place / VOCABULARY, "its hash is not the manifest's", "build the corpus again")
+        return cls(place, manifest, vocabulary, cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(Corpus.open, cache_bytes=self._cache_bytes), (self.path,)
@@ -184,7 +170,7 @@ class Corpus:
     @functools.cached_property
     def report(self) -> dict[str, Any]:
         """The report of the build (see `build_corpus`)."""
-        return json.loads((Path(self.path) / REPORT).read_bytes())
+        return json.loads(self._place.read(self.manifest["provenance"]["report"]) or b"{}")
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -213,28 +199,7 @@ class Corpus:
             A number outside the corpus.
         """
         index = self._checked(index)
-        slide = self.slide_of(index)
-        block, place = np.divmod(index - self.slide_starts[slide], BLOCK)
-        block += self._first_block[slide]
-        with self._lock:
-            slots = self._ring.find(block)
-            here = slots >= 0
-            if here.all():
-                return Cells(*self._ring.take(slots, place))
-            found = self._ring.take(slots[here], place[here])
-        # Read without the lock: what was found is copied already, so another thread may push it out.
-        missing, at = np.unique(block[~here], return_inverse=True)
-        read = self._read_blocks(missing)
-        with self._lock:
-            self._ring.put(read)
-        genes, counts, offsets = found
-        starts, stops = np.empty(len(index), np.int64), np.empty(len(index), np.int64)
-        starts[here], stops[here] = offsets[:-1], offsets[1:]
-        starts[~here] = read.starts[at, place[~here]] + len(genes)
-        stops[~here] = read.starts[at, place[~here] + 1] + len(genes)
-        return Cells(
-            *gather(np.concatenate([genes, read.genes]), np.concatenate([counts, read.counts]), starts, stops)
-        )
+        return Cells(*self._blocks.cells(*self._located(index)))
 
     def column(self, name: str, index: Int[np.ndarray, " n"] | None = None) -> Shaped[np.ndarray, " n"]:
         """Read a column of cells.
@@ -256,16 +221,21 @@ class Corpus:
         """
         if name not in _COLUMNS:
             raise InputError(self.path, f"no column {name!r}", f"use one of {', '.join(_COLUMNS)}")
-        dtype = np.dtype(np.int32 if name == "n_genes" else LAYOUTS[name].dtype)
+        if index is not None and name in _BY_BLOCK:
+            return self._by_block(name, index).astype(_DTYPES.get(name, np.int32), copy=False)
+        dtype = _DTYPES.get(name, np.int32)
         missing = np.nan if name in ("x", "y") else 0
-        out = np.full(self.n_cells if index is None else len(index), missing, dtype)
+        n = self.n_cells if index is None else len(index)
+        out: Shaped[np.ndarray, " n"] = np.full(n, missing, dtype)
+        stored = _COLUMNS[name]
         reads = [
-            (rows, self._index(slide).arrays[_COLUMNS[name]][local].read())
+            (rows, arrays, arrays[stored][local].read())
             for slide, rows, local in self._by_slide(index)
             if self.slides[slide].spatial or name not in ("x", "y")
+            for arrays in [self._blocks.index(slide).arrays]
         ]
-        for rows, values in reads:
-            out[rows] = values.result()
+        for rows, arrays, read in reads:
+            out[rows] = arrays.result(stored, read)
         return out
 
     def labels(
@@ -296,8 +266,8 @@ class Corpus:
         for slide, rows, local in self._by_slide(index):
             if name in (labels := self._slide_labels(slide)):
                 number, classes = labels[name]
-                codes = self._index(slide).arrays[f"label_{number}"][local].read().result()
-                out[rows] = classes[codes]
+                arrays, array = self._blocks.index(slide).arrays, f"label_{number}"
+                out[rows] = classes[arrays.result(array, arrays[array][local].read())]
         return out, tuple(self.manifest["labels"][name])
 
     def neighbours(self, index: Int[np.ndarray, " n"], k: int) -> Int64[np.ndarray, "n k"]:
@@ -312,23 +282,28 @@ class Corpus:
         InputError
             ``k`` is more than was stored.
         """
-        out = np.full((len(index), self._checked_k(k)), -1, np.int64)
-        for rows, slide, found in self._neighbour_rows("neighbours", index, k):
-            out[rows] = np.where(found >= 0, found + self.slide_starts[slide], -1)
-        return out
+        index = self._checked(index)
+        block, place, slide = self._located(index)
+        if self._checked_k(k) == 0:
+            return np.empty((len(index), 0), np.int64)
+        found = self._blocks.rows("neighbours", block, place)[:, :k].astype(np.int64)
+        return np.where(found >= 0, found + self.slide_starts[slide][:, None], -1)
 
     def distances(self, index: Int[np.ndarray, " n"], k: int) -> Float32[np.ndarray, "n k"]:
-        """Read distances to the ``k`` nearest neighbours, in the file's units, infinite where there is none.
+        """Distances to the ``k`` nearest neighbours, in the file's units, infinite where there is none.
 
         Raises
         ------
         InputError
             ``k`` is more than was stored.
         """
-        out = np.full((len(index), self._checked_k(k)), np.inf, np.float32)
-        for rows, _, found in self._neighbour_rows("distances", index, k):
-            out[rows] = found
-        return out
+        near = self.neighbours(index, k)
+        apart = [
+            self._by_block(axis, np.maximum(near, 0).ravel()).reshape(near.shape)
+            - self._by_block(axis, index)[:, None]
+            for axis in ("x", "y")
+        ]
+        return np.where(near >= 0, np.hypot(*apart), np.inf).astype(np.float32)
 
     def technology_means(self, technology: str) -> Float64[np.ndarray, " n_genes"]:
         """Mean of each gene over a technology's cells that express it, of counts scaled to 10,000 a cell.
@@ -337,29 +312,31 @@ class Corpus:
         -------
         NaN where no cell does.
         """
-        if technology not in self._technology_means:
-            self._technology_means[technology] = self._read_technology_means(technology)
-        return self._technology_means[technology].copy()
-
-    def _read_technology_means(self, technology: str) -> Float64[np.ndarray, " n_genes"]:
-        scaled_sum, expressing = np.zeros(len(self.vocabulary)), np.zeros(len(self.vocabulary))
-        for number, slide in enumerate(self.slides):
-            if slide.technology == technology:
-                arrays = self._index(number).arrays
-                scaled_sum[slide.panel] += arrays["scaled_sum"].read().result()
-                expressing[slide.panel] += arrays["expressing"].read().result()
+        if technology not in self.manifest["technologies"]:
+            return np.full(len(self.vocabulary), np.nan)
+        number = self.manifest["technologies"].index(technology)
+        scaled_sum, expressing = self._technology_sums[:, number]
         return np.divide(scaled_sum, expressing, out=np.full(len(expressing), np.nan), where=expressing > 0)
 
-    def _neighbour_rows(
-        self, name: str, index: Int[np.ndarray, " n"], k: int
-    ) -> Iterator[tuple[Any, int, Shaped[np.ndarray, "rows k"]]]:
-        reads = [
-            (rows, slide, self._index(slide).arrays[name][local, :k].read())
-            for slide, rows, local in self._by_slide(index)
-            if self.slides[slide].spatial
-        ]
-        for rows, slide, found in reads:
-            yield rows, slide, found.result()
+    @functools.cached_property
+    def _technology_sums(self) -> Float64[np.ndarray, "2 technologies n_genes"]:
+        name = self.manifest["technology_sums"]
+        data = self._place.read(name) or b""
+        if sha256_bytes(data) != self.manifest["technology_sums_checksum"]:
+            raise InputError(self._place / name, "it is missing or was changed", "restore it from a copy")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+
+    def _by_block(self, name: str, index: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
+        block, place, _ = self._located(self._checked(index))
+        return self._blocks.rows(name, block, place)
+
+    def _located(
+        self, index: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+        """Block of each cell, its place there, and its slide."""
+        slide = self.slide_of(index)
+        block, place = np.divmod(index - self.slide_starts[slide], BLOCK)
+        return block + self._blocks.first_block[slide], place, slide
 
     def _checked(self, index: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         index = np.asarray(index, np.int64)
@@ -389,22 +366,11 @@ class Corpus:
         for slide, rows in zip(present.tolist(), np.split(order, starts[1:])):
             yield slide, rows, index[rows] - self.slide_starts[slide]
 
-    def _folder(self, slide: int) -> Path:
-        return Path(self.path) / self.manifest["slides"][slide]["folder"]
-
-    def _index(self, slide: int) -> _SlideIndex:
-        if slide not in self._indexes:
-            arrays = SlideArrays(self._folder(slide), self._context)
-            small = ("block_starts", "overflow_position", "overflow_count")
-            arrays.open([*small, "genes", "counts", "nnz"])
-            reads = [arrays[name].read() for name in small]
-            self._indexes[slide] = _SlideIndex(arrays, *(read.result() for read in reads))
-        return self._indexes[slide]
-
     def _slide_labels(self, slide: int) -> dict[str, tuple[int, Int32[np.ndarray, " classes"]]]:
         """From label to its array's number and the corpus's code of each slide code; the last is for -1."""
         if slide not in self._labels:
-            classes = json.loads((self._folder(slide) / SLIDE).read_bytes())["labels"]
+            folder = self._place / self.manifest["slides"][slide]["folder"]
+            classes = json.loads(folder.read(SLIDE) or b"{}")["labels"]
             self._labels[slide] = {
                 name: (
                     number,
@@ -413,45 +379,6 @@ class Corpus:
                 for number, (name, values) in enumerate(classes.items())
             }
         return self._labels[slide]
-
-    def _read_blocks(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
-        """Read blocks, given ascending, in one batch: a request an array for each run of blocks."""
-        slide_of = np.searchsorted(self._first_block, numbers, side="right") - 1
-        new_run = (np.diff(numbers, prepend=-2) != 1) | (np.diff(slide_of, prepend=-1) != 0)
-        first = np.flatnonzero(new_run)
-        last = np.append(first[1:], len(numbers)) - 1
-        reads = []
-        with ts.Batch() as batch:
-            for slide, start, stop in zip(slide_of[first].tolist(), numbers[first], numbers[last] + 1):
-                index = self._index(slide)
-                start, stop = start - self._first_block[slide], stop - self._first_block[slide]
-                values = slice(int(index.block_starts[start]), int(index.block_starts[stop]))
-                cells = slice(int(start * BLOCK), int(min(stop * BLOCK, self.slides[slide].n_cells)))
-                arrays = index.arrays
-                parts = [
-                    arrays[name][of].read(batch=batch)
-                    for name, of in (("nnz", cells), ("genes", values), ("counts", values))
-                ]
-                reads.append((index, values, parts))
-        lengths, genes, counts = [], [], []
-        for index, values, (nnz, gene, count) in reads:
-            lengths.append(np.pad(nnz.result().astype(np.int64), (0, -len(nnz.result()) % BLOCK)))
-            genes.append(gene.result())
-            counts.append(_with_overflow(index, values.start, count.result()))
-        length = np.concatenate(lengths)
-        ends = np.cumsum(length).reshape(-1, BLOCK)
-        starts = np.concatenate([ends[:, :1] - length[::BLOCK, None], ends], axis=1)
-        return Blocks(numbers, starts, np.concatenate(genes), np.concatenate(counts))
-
-
-def _with_overflow(
-    index: _SlideIndex, start: int, counts: Shaped[np.ndarray, " m"]
-) -> Int32[np.ndarray, " m"]:
-    """Put back the counts that did not fit 16 bits; ``start`` is the first one's place in the slide."""
-    counts = counts.astype(np.int32)
-    first, last = np.searchsorted(index.overflow_position, [start, start + len(counts)])
-    counts[index.overflow_position[first:last] - start] = index.overflow_count[first:last]
-    return counts
 
 
 def corpus_info(corpus: Corpus) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from scipy import sparse
 from scfm_jax.corpus.manifest import SLIDE, canonical_json, sha256_bytes, sha256_file
 from scfm_jax.corpus.neighbours import nearest, spacing_warnings
 from scfm_jax.corpus.sources import Source
-from scfm_jax.corpus.store import BLOCK, OVERFLOW, SCALED_TOTAL, ArrayWriter, gene_layout, write_array
+from scfm_jax.corpus.store import (
+    BLOCK,
+    SCALED_TOTAL,
+    ArrayWriter,
+    StoreOptions,
+    entry_layout,
+    pack,
+    write_array,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,13 @@ def slide_folder(name: str) -> str:
 
 
 def write_slide(
-    folder: Path, content: SlideContent, rows: Iterable[sparse.csr_array], n_neighbours: int
+    folder: Path,
+    content: SlideContent,
+    rows: Iterable[sparse.csr_array],
+    n_neighbours: int,
+    options: StoreOptions,
+    *,
+    threads: int = -1,
 ) -> dict[str, Any]:
     """Write a slide's arrays and then its ``slide.json``.
 
@@ -57,6 +71,10 @@ def write_slide(
         The counts, cells x vocabulary, in bands of successive cells.
     n_neighbours
         Neighbours stored for each cell of a spatial slide.
+    options
+        Codec and size of files.
+    threads
+        Of the search for neighbours; -1 for one a core.
 
     Returns
     -------
@@ -64,19 +82,19 @@ def write_slide(
     of each file.
     """
     source = content.source
-    nnz = _write_counts(folder, rows, content)
-    write_array(folder, "source_row", "source_row", content.source_row)
-    write_array(folder, "total_raw", "total_raw", content.total_raw)
-    write_array(folder, "total_matched", "total_matched", content.total_matched)
+    nnz, overflow = _write_counts(folder, rows, content, options)
+    for name in ("source_row", "total_raw", "total_matched"):
+        write_array(folder, name, name, getattr(content, name), options)
     classes = {}
     # Sorted, as the keys of the record will be: an array's number is its label's place there.
     for number, (name, (codes, names)) in enumerate(sorted(content.labels.items())):
         present = np.unique(codes[codes >= 0])
         classes[name] = [names[code] for code in present]
-        write_array(
-            folder, f"label_{number}", "label", np.where(codes < 0, -1, np.searchsorted(present, codes))
-        )
-    warnings = [] if content.xy is None else _write_space(folder, content.xy, source, n_neighbours)
+        ranks = np.where(codes < 0, -1, np.searchsorted(present, codes))
+        write_array(folder, f"label_{number}", "label", ranks, options)
+    warnings = (
+        [] if content.xy is None else _write_space(folder, content.xy, source, n_neighbours, options, threads)
+    )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     slide = {
         "record": {
@@ -92,6 +110,10 @@ def write_slide(
             "um_per_unit": None if source.um_per_unit is None else float(source.um_per_unit),
             "n_cells": len(content.source_row),
             "nnz": nnz,
+            "overflow": overflow,
+            "n_neighbours": n_neighbours if source.spatial else 0,
+            "codec": options.codec,
+            "shard_factor": options.shard_factor,
             "median_total": float(np.median(content.total_matched)),
             "bytes": sum(path.stat().st_size for path in files),
         },
@@ -104,12 +126,13 @@ def write_slide(
     return slide
 
 
-def _write_counts(folder: Path, rows: Iterable[sparse.csr_array], content: SlideContent) -> int:
-    genes, counts = (
-        ArrayWriter(folder, "genes", gene_layout(content.n_genes)),
-        ArrayWriter(folder, "counts", "counts"),
-    )
-    lengths, positions, overflow, nnz, done = [], [], [], 0, 0
+def _write_counts(
+    folder: Path, rows: Iterable[sparse.csr_array], content: SlideContent, options: StoreOptions
+) -> tuple[int, int]:
+    """Write the counts; return how many are not zero, and how many of these are in the overflow table."""
+    layout = entry_layout(content.n_genes)
+    writer = ArrayWriter(folder, "entries", layout, options)
+    lengths, positions, large, nnz, done = [], [], [], 0, 0
     scaled_sum, expressing = np.zeros(content.n_genes), np.zeros(content.n_genes, np.int64)
     for band in rows:
         scale = SCALED_TOTAL / np.maximum(content.total_matched[done : done + band.shape[0]], 1)
@@ -117,40 +140,45 @@ def _write_counts(folder: Path, rows: Iterable[sparse.csr_array], content: Slide
         np.add.at(scaled_sum, band.indices, scaled)  # in order, so that bands of any size give one sum
         expressing += np.bincount(band.indices, minlength=content.n_genes)
         done += band.shape[0]
-        genes.append(band.indices)
-        counts.append(np.minimum(band.data, OVERFLOW))
-        large = np.flatnonzero(band.data >= OVERFLOW)
-        positions.append(large + nnz)
-        overflow.append(band.data[large])
+        entries, overflow = pack(band.indices, band.data, layout)
+        writer.append(entries)
+        positions.append(overflow + nnz)
+        large.append(band.data[overflow])
         lengths.append(np.diff(band.indptr))
         nnz += band.nnz
-    genes.close()
-    counts.close()
+    writer.close()
     length = np.concatenate(lengths)
     starts = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
-    write_array(folder, "nnz", "nnz", length)
-    write_array(folder, "block_starts", "block_starts", np.append(starts[:-1:BLOCK], nnz))
-    write_array(folder, "overflow_position", "overflow_position", np.concatenate(positions))
-    write_array(folder, "overflow_count", "overflow_count", np.concatenate(overflow))
-    write_array(folder, "scaled_sum", "scaled_sum", scaled_sum[content.panel])
-    write_array(folder, "expressing", "expressing", expressing[content.panel])
-    return nnz
+    arrays = {
+        "nnz": length,
+        "block_starts": np.append(starts[:-1:BLOCK], nnz),
+        "overflow_position": np.concatenate(positions),
+        "overflow_count": np.concatenate(large),
+        "scaled_sum": scaled_sum[content.panel],
+        "expressing": expressing[content.panel],
+    }
+    for name, values in arrays.items():
+        write_array(folder, name, name, values, options)
+    return nnz, len(arrays["overflow_position"])
 
 
-def _write_space(folder: Path, xy: Float[np.ndarray, "n 2"], source: Source, k: int) -> list[str]:
-    write_array(folder, "x", "x", xy[:, 0])
-    write_array(folder, "y", "y", xy[:, 1])
+def _write_space(
+    folder: Path,
+    xy: Float[np.ndarray, "n 2"],
+    source: Source,
+    k: int,
+    options: StoreOptions,
+    threads: int,
+) -> list[str]:
+    write_array(folder, "x", "x", xy[:, 0], options)
+    write_array(folder, "y", "y", xy[:, 1], options)
     limit = np.inf if source.max_radius is None else source.max_radius / (source.um_per_unit or np.nan)
     rank = min(BLOCK, k)
-    neighbours = ArrayWriter(folder, "neighbours", "neighbours", k)
-    distances = ArrayWriter(folder, "distances", "distances", k)
+    neighbours = ArrayWriter(folder, "neighbours", "neighbours", options, k)
     first, last = [], []
-    for found, distance in nearest(xy, k):
+    for found, distance in nearest(xy, k, threads=threads):
         first.append(distance[:, 0])
         last.append(distance[:, rank - 1])
-        beyond = distance > limit
-        neighbours.append(np.where(beyond, -1, found))
-        distances.append(np.where(beyond, np.inf, distance))
+        neighbours.append(np.where(distance > limit, -1, found))
     neighbours.close()
-    distances.close()
     return spacing_warnings(np.concatenate(first), np.concatenate(last), rank, source.um_per_unit)

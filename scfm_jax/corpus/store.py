@@ -1,32 +1,41 @@
 """The arrays of one slide on disk: zarr v3 with the sharding codec, through TensorStore.
 
-One folder a slide. ``genes`` and ``counts`` hold the non-zeros of its cells, cell after cell, genes ascending
-within a cell; ``nnz`` says how many each cell has and ``block_starts`` where each block of `BLOCK` cells
-begins. A count that does not fit 16 bits is stored as `OVERFLOW` and kept in full in the overflow table.
-``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum over its cells of counts
-scaled to 10,000 a cell, and how many cells express it: what technology means are made of.
-Every inner chunk is blosc lz4 with shuffle under a CRC-32C, so a flipped byte is an error when it is read,
-never a wrong count.
+One folder a slide. ``entries`` holds the non-zeros of its cells, cell after cell, genes ascending within a
+cell: the gene in the lower 16 bits and the count in the upper 16 (32 and 32 for a vocabulary of over 65,536
+genes), so that one read brings both. ``nnz`` says how many each cell has and ``block_starts`` where each
+block of `BLOCK` cells begins. A count that does not fit is stored as the largest that does, and kept in full
+in the overflow table. ``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum over
+its cells of counts scaled to 10,000 a cell, and how many cells express it: what technology means are made of.
+
+Every inner chunk is blosc with shuffle under a CRC-32C, so a flipped byte is an error when it is read, never
+a wrong count. docs/benchmarks.md has what the layout was measured against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Int, Int32, UInt
+
+from scfm_jax.corpus.place import Place
+from scfm_jax.errors import InputError
 
 BLOCK = 64
-OVERFLOW = 65535
 # What the counts of a cell are scaled to where technologies are compared (Nicheformer).
 SCALED_TOTAL = 10_000.0
+MOST_EXPRESSED = 65_535  # genes of a cell: what ``nnz`` holds
+
+Codec: TypeAlias = Literal["lz4", "zstd"]
+_LEVELS = {"lz4": 5, "zstd": 5}
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArrayLayout:
     """How an array is stored: its dtype, and the rows of an inner chunk and of a shard."""
 
     dtype: str
@@ -34,33 +43,63 @@ class Layout:
     shard: int
 
 
-_CELLS = {"chunk": 1 << 14, "shard": 1 << 20}
-_NONZEROS = {"chunk": 1 << 15, "shard": 1 << 25}
-_NEIGHBOURS = {"chunk": 1 << 8, "shard": 1 << 16}
+_CELLS = {"chunk": 1 << 10, "shard": 1 << 20}
 LAYOUTS = {
-    "genes": Layout("uint16", **_NONZEROS),
-    "genes_wide": Layout("uint32", **_NONZEROS),
-    "counts": Layout("uint16", **_NONZEROS),
-    "overflow_position": Layout("int64", **_CELLS),
-    "overflow_count": Layout("int32", **_CELLS),
-    "nnz": Layout("uint16", **_CELLS),
-    "block_starts": Layout("int64", **_CELLS),
-    "x": Layout("float32", **_CELLS),
-    "y": Layout("float32", **_CELLS),
-    "total_raw": Layout("int32", **_CELLS),
-    "total_matched": Layout("int32", **_CELLS),
-    "source_row": Layout("int64", **_CELLS),
-    "label": Layout("int32", **_CELLS),
-    "scaled_sum": Layout("float64", **_CELLS),
-    "expressing": Layout("int64", **_CELLS),
-    "neighbours": Layout("int32", **_NEIGHBOURS),
-    "distances": Layout("float32", **_NEIGHBOURS),
+    "entries": ArrayLayout("uint32", 1 << 14, 1 << 25),
+    "entries_wide": ArrayLayout("uint64", 1 << 14, 1 << 24),
+    "overflow_position": ArrayLayout("int64", **_CELLS),
+    "overflow_count": ArrayLayout("int32", **_CELLS),
+    "nnz": ArrayLayout("uint16", **_CELLS),
+    "block_starts": ArrayLayout("int64", 1 << 14, 1 << 20),
+    "x": ArrayLayout("float64", **_CELLS),
+    "y": ArrayLayout("float64", **_CELLS),
+    "total_raw": ArrayLayout("int32", **_CELLS),
+    "total_matched": ArrayLayout("int32", **_CELLS),
+    "source_row": ArrayLayout("int64", **_CELLS),
+    "label": ArrayLayout("int32", **_CELLS),
+    "scaled_sum": ArrayLayout("float64", **_CELLS),
+    "expressing": ArrayLayout("int64", **_CELLS),
+    "neighbours": ArrayLayout("int32", BLOCK, 1 << 16),
 }
 
 
-def gene_layout(n_genes: int) -> str:
-    """Name the layout of ``genes`` for a vocabulary of ``n_genes``."""
-    return "genes" if n_genes <= OVERFLOW else "genes_wide"
+@dataclass(frozen=True)
+class StoreOptions:
+    """What a build may choose of the layout.
+
+    Attributes
+    ----------
+    codec
+        ``lz4`` reads fastest; ``zstd`` takes about a quarter less space.
+    shard_factor
+        Rows of a shard in multiples of `LAYOUTS`: files of an object store may be larger.
+    """
+
+    codec: Codec = "lz4"
+    shard_factor: int = 1
+
+
+def entry_layout(n_genes: int) -> str:
+    """Name the layout of ``entries`` for a vocabulary of ``n_genes``."""
+    return "entries" if n_genes <= 1 << 16 else "entries_wide"
+
+
+def pack(
+    genes: Int[np.ndarray, " m"], counts: Int[np.ndarray, " m"], layout: str
+) -> tuple[UInt[np.ndarray, " m"], Int[np.ndarray, " overflows"]]:
+    """Genes and counts as entries, and the places of counts that do not fit."""
+    dtype = np.dtype(LAYOUTS[layout].dtype)
+    half = dtype.itemsize * 4
+    largest = (1 << half) - 1
+    entries = np.minimum(counts, largest).astype(dtype) << dtype.type(half) | genes.astype(dtype)
+    return entries, np.flatnonzero(np.asarray(counts) >= largest)
+
+
+def unpack(entries: UInt[np.ndarray, " m"]) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, " m"]]:
+    """Genes and counts of entries."""
+    half = entries.dtype.type(entries.dtype.itemsize * 4)
+    largest = entries.dtype.type((1 << int(half)) - 1)
+    return (entries & largest).astype(np.int32, copy=False), (entries >> half).astype(np.int32, copy=False)
 
 
 class ArrayWriter:
@@ -74,18 +113,23 @@ class ArrayWriter:
         Path of the array within it.
     layout
         Its entry of `LAYOUTS`.
+    options
+        Of the build.
     width
         Length of a row for a matrix; ``None`` for a vector.
     """
 
-    def __init__(self, folder: Path, name: str, layout: str, width: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, name: str, layout: str, options: StoreOptions, width: int | None = None
+    ) -> None:
         how = LAYOUTS[layout]
         self._row = () if width is None else (width,)
         self._dtype = np.dtype(how.dtype)
-        self._shard = how.shard
+        self._shard = how.shard * options.shard_factor
         self._waiting: list[np.ndarray] = []
         self._n_waiting = self._n_written = 0
-        self._array = ts.open(_create_spec(folder / name, how, self._row), create=True).result()
+        spec = _spec(Place(folder) / name, layout, (0, *self._row), options)
+        self._array = ts.open(spec, create=True).result()
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows at the end."""
@@ -101,7 +145,7 @@ class ArrayWriter:
     def _write(self, n: int) -> None:
         if n == 0:
             return
-        rows = np.concatenate(self._waiting)
+        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
         self._waiting, self._n_waiting = [rows[n:].copy()], len(rows) - n
         stop = self._n_written + n
         self._array = self._array.resize(exclusive_max=[stop, *self._row], expand_only=True).result()
@@ -109,9 +153,9 @@ class ArrayWriter:
         self._n_written = stop
 
 
-def write_array(folder: Path, name: str, layout: str, values: np.ndarray) -> None:
+def write_array(folder: Path, name: str, layout: str, values: np.ndarray, options: StoreOptions) -> None:
     """Write one whole array."""
-    writer = ArrayWriter(folder, name, layout, values.shape[1] if values.ndim == 2 else None)
+    writer = ArrayWriter(folder, name, layout, options, values.shape[1] if values.ndim == 2 else None)
     writer.append(values)
     writer.close()
 
@@ -119,11 +163,40 @@ def write_array(folder: Path, name: str, layout: str, values: np.ndarray) -> Non
 class SlideArrays:
     """Opens the arrays of a slide when they are first asked for, and keeps them open.
 
-    Safe to share between threads, not across a fork.
+    Their shapes and codecs follow from the slide's record, so opening reads nothing. Safe to share between
+    threads, not across a fork.
+
+    Parameters
+    ----------
+    place
+        Folder of the slide.
+    record
+        The slide's, from the manifest.
+    n_genes
+        Genes of the vocabulary.
+    panel_size
+        Genes that the slide measured.
+    context
+        TensorStore's.
     """
 
-    def __init__(self, folder: Path, context: ts.Context) -> None:
-        self._folder, self._context = folder, context
+    def __init__(
+        self, place: Place, record: Mapping[str, Any], n_genes: int, panel_size: int, context: ts.Context
+    ) -> None:
+        self._place, self._name, self._context = place, record["name"], context
+        self._options = StoreOptions(record["codec"], record["shard_factor"])
+        self._entries = entry_layout(n_genes)
+        n_cells = record["n_cells"]
+        self._shapes: dict[str, tuple[int, ...]] = {
+            "entries": (record["nnz"],),
+            "block_starts": (-(-n_cells // BLOCK) + 1,),
+            "overflow_position": (record["overflow"],),
+            "overflow_count": (record["overflow"],),
+            "neighbours": (n_cells, record["n_neighbours"]),
+            "scaled_sum": (panel_size,),
+            "expressing": (panel_size,),
+        }
+        self._of_cells = (n_cells,)
         self._open: dict[str, ts.TensorStore] = {}
 
     def __getitem__(self, name: str) -> ts.TensorStore:
@@ -133,37 +206,69 @@ class SlideArrays:
 
     def open(self, names: Sequence[str]) -> None:
         """Open several arrays at once."""
-        asked = {name: ts.open(_open_spec(self._folder / name), context=self._context) for name in names}
+        asked = {}
+        for name in names:
+            layout = self._entries if name == "entries" else name.split("_")[0] if "label" in name else name
+            spec = _spec(self._place / name, layout, self._shapes.get(name, self._of_cells), self._options)
+            asked[name] = ts.open({**spec, "assume_metadata": True}, open=True, context=self._context)
         self._open.update({name: array.result() for name, array in asked.items()})
 
+    def result(self, name: str, read: Any) -> np.ndarray:
+        """Wait for a read of the array `name`.
 
-def _create_spec(path: Path, layout: Layout, row: tuple[int, ...]) -> dict[str, Any]:
+        Raises
+        ------
+        InputError
+            A chunk is lost or damaged.
+        """
+        try:
+            return read.result()
+        except (ValueError, OSError, RuntimeError) as error:
+            # TensorStore's text goes on with where in its own source it was raised.
+            reason = " ".join(str(error).split(" [")[0].split())
+            raise InputError(
+                self._place / name,
+                f"slide {self._name!r} cannot be read ({reason})",
+                "run scfm corpus verify and restore what it names, or check the connection",
+            ) from None
+
+
+def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptions) -> dict[str, Any]:
+    how = LAYOUTS[layout]
     byte_codec = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "typesize": np.dtype(layout.dtype).itemsize}
+    blosc = {
+        "cname": options.codec,
+        "clevel": _LEVELS[options.codec],
+        "shuffle": "shuffle",
+        "typesize": np.dtype(how.dtype).itemsize,
+        "blocksize": 0,
+    }
     sharding = {
-        "chunk_shape": [layout.chunk, *row],
+        "chunk_shape": [how.chunk, *shape[1:]],
         "codecs": [byte_codec, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
         "index_codecs": [byte_codec, {"name": "crc32c"}],
+        "index_location": "end",
     }
-    return {
-        **_open_spec(path),
-        "metadata": {
-            "shape": [0, *row],
-            "data_type": layout.dtype,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [layout.shard, *row]}},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
-    }
-
-
-def _open_spec(path: Path) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path.resolve()}/"},
+        "kvstore": place.kvstore(),
         # A chunk that is not there is a lost file, never a run of zeros.
         "store_data_equal_to_fill_value": True,
         "fill_missing_data_reads": False,
         # A finished corpus never changes.
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
+        "metadata": {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(shape),
+            "data_type": how.dtype,
+            "fill_value": 0,
+            "chunk_key_encoding": {"name": "default"},
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [how.shard * options.shard_factor, *shape[1:]]},
+            },
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
     }

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scfm_jax.corpus.manifest import (
     MANIFEST,
-    REPORT,
     SLIDE,
     VOCABULARY,
     canonical_json,
     manifest_checksum,
     read_manifest,
-    sha256_file,
+    sha256_bytes,
 )
+from scfm_jax.corpus.place import Place
 from scfm_jax.errors import InputError
 
 
@@ -25,49 +26,62 @@ def verify_corpus(path: str | Path) -> list[str]:
     Parameters
     ----------
     path
-        Folder of the corpus.
+        The corpus.
 
     Returns
     -------
-    One line for each file that is missing or changed, with the slide it belongs to; empty where the corpus is
-    whole.
+    One line for each file that is missing, changed, or none of the slide's, with the slide it belongs to;
+    empty where the corpus is whole.
 
     Raises
     ------
     InputError
-        There is no manifest to compare with, or it is of a newer schema.
+        There is no manifest to compare with, or it is of another schema.
     """
-    path = Path(path)
+    place = Place(path)
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(place)
     except InputError as error:
-        if (path / MANIFEST).is_file() and "upgrade" not in error.mend:
+        if place.read(MANIFEST) is not None and "schema is" not in error.problem:
             return [str(error)]
         raise
     problems = []
-    if (path / MANIFEST).read_bytes() != canonical_json(
-        {**manifest, "checksum": manifest_checksum(manifest)}
+    if place.read(MANIFEST) != canonical_json({**manifest, "checksum": manifest_checksum(manifest)}):
+        problems.append(f"{place / MANIFEST}: changed since it was written")
+    provenance = manifest["provenance"]
+    for name, checksum in (
+        (VOCABULARY, manifest["vocabulary_checksum"]),
+        (provenance["report"], provenance["report_checksum"]),
+        (manifest["technology_sums"], manifest["technology_sums_checksum"]),
     ):
-        problems.append(f"{path / MANIFEST}: changed since it was written")
-    problems += _compare(path / VOCABULARY, manifest["vocabulary_checksum"], "")
-    problems += _compare(path / REPORT, manifest["provenance"]["report_checksum"], "")
+        problems += _compare(place, name, checksum, "")
     for record in manifest["slides"]:
-        problems += _verify_slide(path / record["folder"], record)
+        problems += _verify_slide(place / record["folder"], record)
     return problems
 
 
-def _verify_slide(folder: Path, record: dict[str, Any]) -> list[str]:
+def _verify_slide(folder: Place, record: dict[str, Any]) -> Iterator[str]:
     belongs = f" (slide {record['name']})"
     # The list of files is worth nothing where it is itself damaged.
-    if problems := _compare(folder / SLIDE, record["checksum"], belongs):
-        return problems
-    files: dict[str, str] = json.loads((folder / SLIDE).read_bytes())["files"]
-    return [
-        problem for name, checksum in files.items() for problem in _compare(folder / name, checksum, belongs)
-    ]
+    text = folder.read(SLIDE)
+    if text is None or sha256_bytes(text) != record["checksum"]:
+        yield from _compare(folder, SLIDE, record["checksum"], belongs)
+        return
+    files: dict[str, str] = json.loads(text)["files"]
+    for name, checksum in files.items():
+        yield from _compare(folder, name, checksum, belongs)
+    for name in folder.names():
+        if name not in files and name != SLIDE:
+            yield f"{folder / name}{belongs}: none of its files"
 
 
-def _compare(file: Path, checksum: str, belongs: str) -> list[str]:
-    if not file.is_file():
-        return [f"{file}{belongs}: missing"]
-    return [] if sha256_file(file) == checksum else [f"{file}{belongs}: changed since it was written"]
+def _compare(folder: Place, name: str, checksum: str, belongs: str) -> Iterator[str]:
+    try:
+        data = folder.read(name)
+    except InputError as error:
+        yield f"{error}{belongs}"
+        return
+    if data is None:
+        yield f"{folder / name}{belongs}: missing"
+    elif sha256_bytes(data) != checksum:
+        yield f"{folder / name}{belongs}: changed since it was written"

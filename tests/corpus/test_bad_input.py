@@ -159,7 +159,7 @@ def test_a_file_of_another_kind_and_no_file(write, tissue, tmp_path):
     fails(
         tmp_path, [Source(str(tmp_path / "none.h5ad"), "human", "sim")], "none.h5ad", "there is no such file"
     )
-    fails(tmp_path, [], "out", "no source file is given; give at least one .h5ad file")
+    fails(tmp_path, [], "out", "no source file is given; give at least one file")
 
 
 def test_no_gene_in_the_vocabulary(tissue, write, tmp_path):
@@ -171,7 +171,12 @@ def test_no_gene_in_the_vocabulary(tissue, write, tmp_path):
 def test_an_existing_output_is_not_touched(tissue, write, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep me")
-    fails(tmp_path, [write(tissue)], "out", "it exists already; remove it or choose another name")
+    fails(
+        tmp_path,
+        [write(tissue)],
+        "out",
+        "it exists already and is no corpus; remove it or choose another name",
+    )
 
 
 def test_two_files_of_one_name(tissue, write, tmp_path):

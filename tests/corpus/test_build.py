@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 
 import anndata as ad
 import h5py
@@ -12,7 +11,8 @@ import pytest
 from scipy import sparse
 
 from scfm_jax.corpus import Corpus, build_corpus, h5ad, spool, verify_corpus
-from scfm_jax.errors import DataWarning
+from scfm_jax.corpus.slide import write_slide
+from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Vocabulary
 
 
@@ -255,32 +255,35 @@ def test_a_subsampled_section_is_warned_of(tissue, write, tmp_path):
 
 KILLED = """
 import os, sys
-from scfm_jax.corpus import Source, build_corpus
+from scfm_jax.corpus import Source, build_corpus, write
 
-def die(what, done, total):
-    if what == "wrote tissue/s1":
-        os._exit(9)
+whole = write.write_slide
 
+def die_at_the_second(folder, content, *rest, **more):
+    slide = whole(folder, content, *rest, **more)
+    return slide if content.name == "tissue/s1" else os._exit(9)
+
+write.write_slide = die_at_the_second
 source = Source(sys.argv[1], "human", "sim", section="section", labels=("type",))
-build_corpus(sys.argv[2], [source], progress=die)
+build_corpus(sys.argv[2], [source])
 """
 
 
 def test_a_killed_build_goes_on_from_its_finished_slides(tissue, write, tmp_path):
     source = write(tissue, labels=("type",))
     build_corpus(tmp_path / "whole", [source])
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
-    killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), source.path, str(out)], check=False
-    )
-    assert killed.returncode == 9 and partial.is_dir() and not out.exists()
-    (finished,) = (partial / "slides").iterdir()
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, source.path, str(out)], check=False)
+    assert killed.returncode == 9
+    with pytest.raises(InputError, match="did not finish: run it again"):
+        Corpus.open(out)
+    (finished,) = (out / "slides").iterdir()
     written = (finished / "slide.json").stat()
     build_corpus(out, [source])
     again = (out / "slides" / finished.name / "slide.json").stat()
     assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert Corpus.open(out).hash == Corpus.open(tmp_path / "whole").hash
-    assert verify_corpus(out) == [] and not partial.exists()
+    assert verify_corpus(out) == []
     names = {path.relative_to(out) for path in out.rglob("*")}
     assert names == {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*")}
 
@@ -288,7 +291,7 @@ def test_a_killed_build_goes_on_from_its_finished_slides(tissue, write, tmp_path
 def test_a_finished_slide_is_not_taken_over_when_the_build_is_another(tissue, write, tmp_path):
     source = write(tissue, labels=("type",))
     out = tmp_path / "out"
-    subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), source.path, str(out)], check=False)
+    subprocess.run([sys.executable, "-c", KILLED, source.path, str(out)], check=False)
     build_corpus(out, [source], n_neighbours=5)
     build_corpus(tmp_path / "whole", [source], n_neighbours=5)
     assert Corpus.open(out).hash == Corpus.open(tmp_path / "whole").hash and verify_corpus(out) == []
@@ -296,25 +299,29 @@ def test_a_finished_slide_is_not_taken_over_when_the_build_is_another(tissue, wr
 
 def test_a_failed_write_leaves_nothing_unless_a_slide_is_finished(tissue, write, tmp_path, monkeypatch):
     source = write(tissue)
-    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    out = tmp_path / "out"
 
-    def stop_after_one(what, done, total):
-        if what == "wrote tissue/s1":
-            raise KeyboardInterrupt
+    def full_after(number):
+        def write_some(folder, content, *rest, **more):
+            nonlocal number
+            number -= 1
+            if number < 0:
+                raise OSError("disk full")
+            return write_slide(folder, content, *rest, **more)
 
-    monkeypatch.setattr("scfm_jax.corpus.build.write_slide", no_space)
+        return write_some
+
+    monkeypatch.setattr("scfm_jax.corpus.write.write_slide", full_after(0))
     with pytest.raises(OSError, match="disk full"):
         build_corpus(out, [source])
-    assert not out.exists() and not partial.exists()
-    monkeypatch.undo()
-    with pytest.raises(KeyboardInterrupt):
-        build_corpus(out, [source], progress=stop_after_one)
-    assert not out.exists() and len(list((partial / "finished").iterdir())) == 1
-    assert not (partial / "spool").exists()
-
-
-def no_space(*_):
-    raise OSError("disk full")
+    assert not out.exists()
+    monkeypatch.setattr("scfm_jax.corpus.write.write_slide", full_after(1))
+    with pytest.raises(OSError, match="disk full"):
+        build_corpus(out, [source])
+    assert sorted(path.name for path in (out / "building").iterdir()) == ["finished"]
+    assert len(list((out / "building" / "finished").iterdir())) == 1
+    with pytest.raises(InputError, match="run it again"):
+        Corpus.open(out)
 
 
 def write_large(path, form: str, n_cells: int, n_genes: int, nnz: int) -> None:

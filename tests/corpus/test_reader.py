@@ -57,7 +57,7 @@ def test_a_ring_that_is_too_small_still_keeps_blocks(built):
     for _ in range(200):
         index = rng.integers(0, 430, 2)
         assert_rows(corpus.cells(index), expected[index])
-        kept.append(int((corpus._ring.find(np.arange(n_blocks)) >= 0).sum()))
+        kept.append(int((corpus._blocks._entries.find(np.arange(n_blocks)) >= 0).sum()))
     assert 1 < max(kept) < n_blocks and min(kept[10:]) >= 1
 
 

@@ -1,0 +1,261 @@
+"""Cells by block: what is in memory is copied out, what is missing is read in one batch of requests."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Int, Int32, Int64, Shaped, UInt
+
+from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, gather, runs
+from scfm_jax.corpus.place import Place, remote_context
+from scfm_jax.corpus.store import BLOCK, LAYOUTS, SlideArrays, entry_layout, unpack
+
+# What a column holds where a slide does not store it.
+_ABSENT: dict[str, float] = {"x": np.nan, "y": np.nan, "neighbours": -1}
+# Shares of the memory for decoded cells; the rest is TensorStore's, for shard indexes and chunks.
+_SHARES = {"entries": 0.5, "neighbours": 0.2, "x": 0.04, "y": 0.04, "total_matched": 0.04}
+_MOST_OPEN = 2_048
+
+
+@dataclass(frozen=True)
+class SlideIndex:
+    """What must be in memory to read a slide's blocks."""
+
+    arrays: SlideArrays
+    block_starts: Int64[np.ndarray, " blocks_and_end"]
+    overflow_position: Int64[np.ndarray, " m"]
+    overflow_count: Int32[np.ndarray, " m"]
+
+
+class BlockReader:
+    """Reads blocks of `BLOCK` cells, numbered over the whole corpus, and keeps those read last.
+
+    Parameters
+    ----------
+    root
+        The corpus.
+    manifest
+        Its manifest.
+    n_genes
+        Genes of the vocabulary.
+    cache_bytes
+        Memory for decoded cells. A cache never changes a result.
+    """
+
+    def __init__(self, root: Place, manifest: dict[str, Any], n_genes: int, cache_bytes: int) -> None:
+        self._root, self._records, self._n_genes = root, manifest["slides"], n_genes
+        self._panel_sizes = [len(panel) for panel in manifest["panels"]]
+        sizes = np.array([record["n_cells"] for record in self._records], np.int64)
+        self.first_block = np.concatenate([[0], np.cumsum(-(-sizes // BLOCK))])
+        self._spatial = np.array([record["spatial"] for record in self._records], bool)
+        self._overflows = np.array([record["overflow"] > 0 for record in self._records], bool)
+        self._n_neighbours = manifest["n_neighbours"]
+        self._context = remote_context(int(cache_bytes * (1 - sum(_SHARES.values()))))
+        nnz = sum(record["nnz"] for record in self._records)
+        dtype = np.dtype(LAYOUTS[entry_layout(n_genes)].dtype)
+        self._cache_bytes = cache_bytes
+        self._entries = EntryRing(
+            int(self.first_block[-1]), nnz, dtype, int(cache_bytes * _SHARES["entries"])
+        )
+        self._columns: dict[str, ColumnRing] = {}
+        self._lock = threading.Lock()
+        self._indexes: OrderedDict[int, SlideIndex] = OrderedDict()
+
+    def cells(
+        self, block: Int64[np.ndarray, " n"], place: Int64[np.ndarray, " n"], slide: Int[np.ndarray, " n"]
+    ) -> tuple[Int32[np.ndarray, " nnz"], Int32[np.ndarray, " nnz"], Int64[np.ndarray, " n_and_end"]]:
+        """Genes, counts and offsets of cells by block, place within it, and slide."""
+        with self._lock:
+            slots = self._entries.find(block)
+            here = slots >= 0
+            found, lengths = self._entries.take(slots[here], place[here])
+        if not here.all():
+            # Read without the lock: what was found is copied already, so another thread may push it out.
+            missing, at = np.unique(block[~here], return_inverse=True)
+            read = self._read_entries(missing)
+            with self._lock:
+                self._entries.put(read)
+            found, lengths = _merge(found, lengths, here, read, at, place[~here])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        genes, counts = unpack(found)
+        if self._overflows[slide].any():
+            self._restore_overflow(counts, offsets, block, place, slide)
+        return genes, counts, offsets
+
+    def rows(
+        self, name: str, block: Int64[np.ndarray, " n"], place: Int64[np.ndarray, " n"]
+    ) -> Shaped[np.ndarray, "n ..."]:
+        """Rows of a column (``x``, ``y``, ``total_matched``, ``neighbours``) by block and place within it."""
+        ring = self._column(name)
+        with self._lock:
+            slots = ring.find(block)
+            here = slots >= 0
+            found = ring.take(slots, place)
+        if here.all():
+            return found
+        missing, at = np.unique(block[~here], return_inverse=True)
+        read = self._read_column(name, missing, found)
+        with self._lock:
+            ring.put(missing, read)
+        found[~here] = read[at, place[~here]]
+        return found
+
+    def index(self, slide: int) -> SlideIndex:
+        """What is in memory of a slide."""
+        return self.indexes([slide])[slide]
+
+    def indexes(self, slides: Sequence[int]) -> dict[int, SlideIndex]:
+        """What is in memory of several slides, read at once where it is not yet."""
+        with self._lock:
+            found = {slide: self._indexes[slide] for slide in slides if slide in self._indexes}
+            for slide in found:
+                self._indexes.move_to_end(slide)
+        reads = {}
+        for slide in slides:
+            if slide not in found:
+                record = self._records[slide]
+                place, panel = self._root / record["folder"], self._panel_sizes[record["panel"]]
+                arrays = SlideArrays(place, record, self._n_genes, panel, self._context)
+                names = ["block_starts"]
+                names += ["overflow_position", "overflow_count"] if record["overflow"] else []
+                arrays.open(["entries", "nnz", *names])
+                reads[slide] = arrays, [(name, arrays[name].read()) for name in names]
+        for slide, (arrays, parts) in reads.items():
+            values = [arrays.result(name, read) for name, read in parts]
+            empty = (np.empty(0, np.int64), np.empty(0, np.int32))
+            found[slide] = SlideIndex(arrays, values[0], *(values[1:] or empty))
+        with self._lock:
+            for slide in reads:
+                self._indexes[slide] = found[slide]
+            while len(self._indexes) > _MOST_OPEN:
+                self._indexes.popitem(last=False)
+        return found
+
+    def slides_of(self, blocks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """The slide of each block."""
+        return np.searchsorted(self.first_block, blocks, side="right") - 1
+
+    def _column(self, name: str) -> ColumnRing:
+        with self._lock:
+            if name not in self._columns:
+                row = (self._n_neighbours,) if name == "neighbours" else ()
+                self._columns[name] = ColumnRing(
+                    int(self.first_block[-1]),
+                    row,
+                    np.dtype(LAYOUTS[name].dtype),
+                    int(self._cache_bytes * _SHARES[name]),
+                )
+            return self._columns[name]
+
+    def _runs(
+        self, numbers: Int64[np.ndarray, " blocks"]
+    ) -> tuple[Int64[np.ndarray, " runs_and_end"], list[tuple[int, int, int]]]:
+        """Runs of blocks of one slide, and each one's slide and first and last block there."""
+        slide_of = self.slides_of(numbers)
+        bounds = runs(numbers, slide_of)
+        first, slides = bounds[:-1], slide_of[bounds[:-1]]
+        start = numbers[first] - self.first_block[slides]
+        return bounds, list(zip(slides.tolist(), start.tolist(), (start + np.diff(bounds)).tolist()))
+
+    def _read_entries(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
+        """Read blocks, given ascending, in one batch: a request an array for each run of blocks."""
+        _, found = self._runs(numbers)
+        indexes = self.indexes(sorted({slide for slide, _, _ in found}))
+        reads = []
+        with ts.Batch() as batch:
+            for slide, start, stop in found:
+                index = indexes[slide]
+                values = slice(int(index.block_starts[start]), int(index.block_starts[stop]))
+                cells = slice(start * BLOCK, min(stop * BLOCK, self._records[slide]["n_cells"]))
+                arrays = index.arrays
+                nnz_read = arrays["nnz"][cells].read(batch=batch)
+                reads.append((arrays, nnz_read, arrays["entries"][values].read(batch=batch)))
+        length = np.zeros(len(numbers) * BLOCK, np.int64)
+        entries: list[np.ndarray] = []
+        filled = 0
+        for (arrays, nnz_read, entry_read), (_, start, stop) in zip(reads, found, strict=True):
+            nnz = arrays.result("nnz", nnz_read)
+            length[filled : filled + len(nnz)] = nnz
+            filled += (stop - start) * BLOCK
+            entries.append(arrays.result("entries", entry_read))
+        ends = np.cumsum(length).reshape(-1, BLOCK)
+        return Blocks(numbers, np.concatenate([ends[:, :1] - length[::BLOCK, None], ends], axis=1), entries)
+
+    def _read_column(
+        self, name: str, numbers: Int64[np.ndarray, " blocks"], like: Shaped[np.ndarray, "n ..."]
+    ) -> Shaped[np.ndarray, "blocks 64 ..."]:
+        bounds, found = self._runs(numbers)
+        stored = [self._spatial[slide] or name not in _ABSENT for slide, _, _ in found]
+        indexes = self.indexes(sorted({run[0] for run, there in zip(found, stored) if there}))
+        values = np.full((len(numbers), BLOCK, *like.shape[1:]), _ABSENT.get(name, 0), like.dtype)
+        reads = []
+        with ts.Batch() as batch:
+            for number, (slide, start, stop) in enumerate(found):
+                if stored[number]:
+                    cells = slice(start * BLOCK, min(stop * BLOCK, self._records[slide]["n_cells"]))
+                    array = indexes[slide].arrays[name][cells]
+                    array = array[:, : like.shape[1]] if like.ndim == 2 else array
+                    reads.append((number, indexes[slide].arrays, array.read(batch=batch)))
+        for number, arrays, read in reads:
+            rows = arrays.result(name, read)
+            flat = values[bounds[number] : bounds[number + 1]].reshape(-1, *like.shape[1:])
+            flat[: len(rows)] = rows
+        return values
+
+    def _restore_overflow(
+        self,
+        counts: Int32[np.ndarray, " nnz"],
+        offsets: Int64[np.ndarray, " n_and_end"],
+        block: Int64[np.ndarray, " n"],
+        place: Int64[np.ndarray, " n"],
+        slide: Int[np.ndarray, " n"],
+    ) -> None:
+        """Put back the counts that did not fit 16 bits."""
+        large = np.flatnonzero(counts == 65_535)
+        cell = np.searchsorted(offsets, large, side="right") - 1
+        for number in np.unique(slide[cell]):
+            here = slide[cell] == number
+            index, at = self.index(int(number)), cell[here]
+            start = block[at] - self.first_block[number]
+            rows = start * BLOCK
+            nnz = index.arrays["nnz"]
+            before = [
+                int(index.arrays.result("nnz", nnz[a : a + p].read()).sum(dtype=np.int64)) if p else 0
+                for a, p in zip(rows.tolist(), place[at].tolist())
+            ]
+            position = index.block_starts[start] + np.array(before, np.int64) + large[here] - offsets[at]
+            counts[large[here]] = index.overflow_count[np.searchsorted(index.overflow_position, position)]
+
+
+def _merge(
+    found: UInt[np.ndarray, " m"],
+    lengths: Int64[np.ndarray, " n_found"],
+    here: Shaped[np.ndarray, " n"],
+    read: Blocks,
+    at: Int64[np.ndarray, " n_read"],
+    place: Int64[np.ndarray, " n_read"],
+) -> tuple[UInt[np.ndarray, " nnz"], Int64[np.ndarray, " n"]]:
+    """Entries of cells that were in memory and of those that were read, in the order of the request."""
+    entries = np.concatenate(read.entries)
+    starts, stops = read.starts[at, place], read.starts[at, place + 1]
+    if not here.any():
+        return np.concatenate(gather(entries, starts, stops)), stops - starts
+    ranges = np.empty(len(here), object)
+    ends = np.cumsum(lengths)
+    ranges[here] = _objects(gather(found, ends - lengths, ends))
+    ranges[~here] = _objects(gather(entries, starts, stops))
+    merged = np.empty(len(here), np.int64)
+    merged[here], merged[~here] = lengths, stops - starts
+    return np.concatenate(ranges.tolist()), merged
+
+
+def _objects(ranges: list[np.ndarray]) -> np.ndarray:
+    out = np.empty(len(ranges), object)
+    out[:] = ranges
+    return out

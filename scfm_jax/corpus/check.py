@@ -1,0 +1,164 @@
+"""Reading every source once before anything is written: its structure, then all its counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Int64
+
+from scfm_jax.corpus.h5ad import CountsFile, Totals
+from scfm_jax.corpus.manifest import canonical_json, sha256_bytes
+from scfm_jax.corpus.sources import Source
+from scfm_jax.corpus.store import MOST_EXPRESSED
+from scfm_jax.errors import InputError
+from scfm_jax.genes import Alignment
+
+_MOST_LOST = 0.10
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a source's structure says: its genes, cells and the names of its slides."""
+
+    source: Source
+    gene_names: list[str]
+    n_cells: int
+    slides: list[str]
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CountJob:
+    """A source whose counts are to be checked; ``target`` is the vocabulary index of each gene, or -1."""
+
+    source: Source
+    target: Int[np.ndarray, " n_source_genes"]
+    min_counts: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A source whose counts are good.
+
+    ``entries_of_slide`` holds the non-zeros of the kept cells of each of its slides; ``by_cell`` says whether
+    they can be read a cell at a time.
+    """
+
+    totals: Totals
+    layer: str
+    warnings: list[str]
+    entries_of_slide: Int64[np.ndarray, " slides"]
+    by_cell: bool
+
+
+def outline_sources(sources: Sequence[Source], taken: Iterable[str] = ()) -> list[Outline]:
+    """Check the structure of every source.
+
+    Parameters
+    ----------
+    sources
+        The files.
+    taken
+        Names of slides that there are already.
+
+    Raises
+    ------
+    InputError
+        A file that cannot be read, a field that it lacks, or a slide that there is already.
+    """
+    outlines = []
+    owner = dict.fromkeys(taken, "this corpus")
+    for source in sources:
+        with contextlib.closing(CountsFile(source)) as file:
+            for label in source.labels:
+                file.label(label)
+            slides = slide_names(file)
+            for slide in slides:
+                if slide in owner:
+                    mend = "rename one file, or give it once"
+                    raise InputError(source.path, f"slide {slide!r} would come from {owner[slide]} too", mend)
+                owner[slide] = source.path
+            stat = Path(source.path).stat()
+            fingerprint = {
+                "source": asdict(source) | {"path": str(Path(source.path).resolve())},
+                "bytes": stat.st_size,
+                "modified_ns": stat.st_mtime_ns,
+            }
+            outlines.append(Outline(source, file.gene_names, len(file.obs), slides, fingerprint))
+    return outlines
+
+
+def slide_names(file: CountsFile) -> list[str]:
+    """Name the slide of each section of a file."""
+    stem = Path(file.source.path).stem
+    return [f"{stem}/{section}" if len(file.sections) > 1 else stem for section in file.sections]
+
+
+def fingerprint_of(outline: Outline, alignment: Alignment, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that the slides of a source are made from."""
+    target = sha256_bytes(np.ascontiguousarray(alignment.target).tobytes())
+    return {**settings, **outline.fingerprint, "target": target}
+
+
+def request_hash(fingerprints: Sequence[dict[str, Any]]) -> str:
+    """What a build was asked for, as one number: the same request gives the same corpus."""
+    return sha256_bytes(canonical_json(list(fingerprints)))
+
+
+def count(job: CountJob) -> Counted:
+    """Read all counts of a source.
+
+    Raises
+    ------
+    InputError
+        Counts that are not raw, no gene in the vocabulary, or no cell that is kept.
+    """
+    source = job.source
+    if not (job.target >= 0).any():
+        mend = "check the species, or give a table of gene names, aliases or orthologs, or another vocabulary"
+        raise InputError(source.path, "var_names: no gene is in the vocabulary", mend)
+    with contextlib.closing(CountsFile(source)) as file:
+        totals = file.totals(job.target)
+        warnings = file.piece_warnings()
+        layer, by_cell = file.layer, file.matrix.format == "csr"
+        kept = totals.cell_matched >= job.min_counts
+        entries_of_slide = np.bincount(
+            file.section_of[kept], totals.cell_entries[kept], len(file.sections)
+        ).astype(np.int64)
+    if not kept.any():
+        mend = "lower min_counts, or leave the file out"
+        raise InputError(source.path, f"{layer}: no cell has {job.min_counts} counts in the vocabulary", mend)
+    if totals.cell_entries.max() > MOST_EXPRESSED:
+        mend = f"use a vocabulary of at most {MOST_EXPRESSED} genes"
+        raise InputError(
+            source.path, f"{layer}: a cell has {totals.cell_entries.max()} expressed genes", mend
+        )
+    return Counted(totals, layer, warnings, entries_of_slide, by_cell)
+
+
+def report_source(
+    outline: Outline, counted: Counted, alignment: Alignment, min_counts: int
+) -> tuple[dict[str, Any], list[str]]:
+    """What the report says of a source, and what is to be warned of."""
+    totals = counted.totals
+    empty = int((totals.cell_matched == 0).sum())
+    dropped = int((totals.cell_matched < min_counts).sum())
+    genes = alignment.report(totals.gene)
+    warnings = list(counted.warnings)
+    if genes["share_lost"] > _MOST_LOST:
+        warnings.append(f"{genes['share_lost']:.1%} of counts are lost with genes outside the vocabulary")
+    report = {
+        "path": outline.source.path,
+        "layer": counted.layer,
+        "n_cells": outline.n_cells,
+        "n_kept": outline.n_cells - dropped,
+        "dropped": {"no counts": min(empty, dropped), "under min_counts": max(dropped - empty, 0)},
+        "genes": genes,
+        "warnings": [],
+    }
+    return report, warnings
