@@ -81,7 +81,7 @@ def corpus_build(
     )
 
 
-def corpus_info(corpus: Positional[Path], /, json: bool = False) -> None:
+def corpus_info(corpus: Positional[str], /, json: bool = False) -> None:
     """Say what a corpus holds.
 
     Parameters
@@ -108,7 +108,7 @@ def corpus_info(corpus: Positional[Path], /, json: bool = False) -> None:
         print("  " + "  ".join(f"{name}={value}" for name, value in slide.items()))
 
 
-def corpus_verify(corpus: Positional[Path], /) -> int:
+def corpus_verify(corpus: Positional[str], /) -> int:
     """Read every byte of a corpus against its checksums; exit 1 where something is damaged.
 
     Parameters

@@ -7,6 +7,7 @@ connections again.
 
 from __future__ import annotations
 
+import functools
 import os
 import posixpath
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from scfm_jax.errors import InputError
 
 _BUCKET_DRIVERS = {"s3://": "s3", "gs://": "gcs"}
 _AT_ONCE = 32
+_LARGE = 1 << 24
 
 
 class Place:
@@ -91,37 +93,48 @@ class Place:
     def read_all(self, names: Sequence[str]) -> list[bytes | None]:
         """The content of several objects, read at once."""
         found: list[bytes | None] = []
-        store = self._open()
         for first in range(0, len(names), _AT_ONCE):
             part = names[first : first + _AT_ONCE]
-            for name, future in zip(part, [store.read(name) for name in part], strict=True):
+            for name, future in zip(part, map(self._ask, part), strict=True):
                 result = self._result(future, name)
                 found.append(bytes(result.value) if result.state == "value" else None)
         return found
 
+    def _ask(self, name: str) -> Any:
+        if not name.startswith(("/", "..")) and "://" not in name:
+            return self._store.read(name)
+        folder, _, file = name.rpartition("/")
+        return (self / folder)._store.read(file)
+
     def write(self, name: str, data: bytes) -> None:
         """Write an object, at once or not at all."""
-        self._result(self._open().write(name, data), name)
+        self._result(self._store.write(name, data), name)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of the objects below `prefix`, sorted."""
-        store = self._open()
-        keys = self._result(store.list(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)
+        keys = self._result(self._store.list(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)
         return sorted(key.decode() for key in keys)
 
     def delete(self, prefix: str) -> None:
         """Delete all objects whose names begin with `prefix`; a local folder goes with them."""
-        self._result(self._open().delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)
+        self._result(self._store.delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)
         if self.is_local:
             for folder, _, _ in os.walk(self.path / prefix, topdown=False):
                 Path(folder).rmdir()
 
     def upload(self, folder: Path) -> None:
         """Write every file of a local folder here."""
-        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
-            self.write(file.relative_to(folder).as_posix(), file.read_bytes())
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+        # Large objects one at a time, so that a worker's memory holds one.
+        large = [file for file in files if file.stat().st_size > _LARGE]
+        for part in (*([file] for file in large), [file for file in files if file not in large]):
+            names = [file.relative_to(folder).as_posix() for file in part]
+            written = [self._store.write(name, file.read_bytes()) for name, file in zip(names, part)]
+            for name, future in zip(names, written, strict=True):
+                self._result(future, name)
 
-    def _open(self) -> ts.KvStore:
+    @functools.cached_property
+    def _store(self) -> ts.KvStore:
         return self._result(ts.KvStore.open(self.kvstore(), context=_CONTEXT), "")
 
     def _result(self, future: Any, name: str) -> Any:

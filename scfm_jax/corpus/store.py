@@ -4,8 +4,9 @@ One folder a slide. ``entries`` holds the non-zeros of its cells, cell after cel
 cell: the gene in the lower 16 bits and the count in the upper 16 (32 and 32 for a vocabulary of over 65,536
 genes), so that one read brings both. ``nnz`` says how many each cell has and ``block_starts`` where each
 block of `BLOCK` cells begins. A count that does not fit is stored as the largest that does, and kept in full
-in the overflow table. ``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum over
-its cells of counts scaled to 10,000 a cell, and how many cells express it: what technology means are made of.
+in the overflow table. ``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum
+over its cells of counts scaled to 10,000 a cell, and how many cells express it: what technology means are
+made of.
 
 Every inner chunk is blosc with shuffle under a CRC-32C, so a flipped byte is an error when it is read, never
 a wrong count. docs/benchmarks.md has what the layout was measured against.
