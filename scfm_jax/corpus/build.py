@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from scfm_jax.corpus.h5ad import CountsFile, Totals
+from scfm_jax.corpus.counts_file import CountsFile, Totals
 from scfm_jax.corpus.manifest import (
     PARTIAL_SUFFIX,
     REPORT,
@@ -79,8 +79,8 @@ def build_corpus(
         Folder to make. It appears only when the corpus is whole; until then there is ``OUT.partial``, from
         which an interrupted build goes on.
     sources
-        The files. A file with several sections gives a slide ``<file stem>/<section>`` for each, any other
-        one slide ``<file stem>``.
+        The files. A file with several sections gives a slide ``<stem>/<section>`` for each, any other one
+        slide ``<stem>``; the stem is the file's, or the source's name.
     vocabulary
         The genes to align to; ``None`` builds it from the files.
     gene_names, aliases, orthologs
@@ -96,7 +96,8 @@ def build_corpus(
     Returns
     -------
     The report: totals, and for each file its genes by outcome, the share of counts lost with those unmatched,
-    cells dropped and why, the slides it became and the warnings. It is also kept in the corpus.
+    features excluded, cells dropped and why, the slides it became and the warnings. It is also kept in the
+    corpus.
 
     Raises
     ------
@@ -114,7 +115,7 @@ def build_corpus(
     """
     out = Path(out)
     if not sources:
-        raise InputError(out, "no source file is given", "give at least one .h5ad file")
+        raise InputError(out, "no source file is given", "give at least one .h5ad, .zarr or 10x .h5 file")
     if n_neighbours < 1 or min_counts < 0:
         raise InputError(
             out, f"n_neighbours is {n_neighbours}, min_counts {min_counts}", "give at least 1 and 0"
@@ -167,7 +168,7 @@ def _check_structure(sources: Sequence[Source]) -> tuple[list[list[str]], list[i
                 file.label(label)
             for slide in _slide_names(file):
                 if slide in owner:
-                    mend = "rename one file, or give it once"
+                    mend = "give one of them a name, or give it once"
                     raise InputError(source.path, f"slide {slide!r} would come from {owner[slide]} too", mend)
                 owner[slide] = source.path
     return names, n_cells
@@ -179,8 +180,8 @@ def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]
         raise InputError(source.path, "var_names: no gene is in the vocabulary", mend)
     with contextlib.closing(CountsFile(source)) as file:
         totals = file.totals(alignment.target)
-        found = file.piece_warnings()
-        layer = file.layer
+        found = file.warnings()
+        layer, excluded, state = file.layer, file.excluded, file.fingerprint()
     n_cells = len(totals.cell_matched)
     empty = int((totals.cell_matched == 0).sum())
     dropped = int((totals.cell_matched < settings["min_counts"]).sum())
@@ -197,13 +198,13 @@ def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]
     genes = alignment.report(totals.gene)
     if genes["share_lost"] > _MOST_LOST:
         found.append(f"{genes['share_lost']:.1%} of counts are lost with genes outside the vocabulary")
-    stat = Path(source.path).stat()
     report = {
         "path": source.path,
         "layer": layer,
         "n_cells": n_cells,
         "n_kept": n_cells - dropped,
         "dropped": {"no counts": min(empty, dropped), "under min_counts": max(dropped - empty, 0)},
+        "excluded": excluded,
         "genes": genes,
         "warnings": [],
     }
@@ -211,8 +212,7 @@ def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]
     fingerprint = {
         **settings,
         "source": asdict(source) | {"path": str(Path(source.path).resolve())},
-        "bytes": stat.st_size,
-        "modified_ns": stat.st_mtime_ns,
+        "state": state,
         "target": sha256_bytes(np.ascontiguousarray(alignment.target).tobytes()),
     }
     return _Checked(source, alignment.target, totals, fingerprint, report)
@@ -220,7 +220,7 @@ def _check_counts(source: Source, alignment: Alignment, settings: dict[str, Any]
 
 def _slide_names(file: CountsFile) -> list[str]:
     """Name the slide of each section of a file."""
-    stem = Path(file.source.path).stem
+    stem = file.source.stem
     return [f"{stem}/{section}" if len(file.sections) > 1 else stem for section in file.sections]
 
 
