@@ -31,14 +31,14 @@ def corpus_build(
     neighbours: int = 64,
     json: bool = False,
 ) -> None:
-    """Build a corpus from h5ad files, or from one sources.toml that lists them.
+    """Build a corpus from files of cells, or from one sources.toml that lists them.
 
     Parameters
     ----------
     out
         The new corpus, a folder.
     files
-        AnnData files with raw counts, or one sources.toml.
+        Raw counts as .h5ad, .zarr (AnnData or SpatialData) or 10x .h5, or one sources.toml.
     vocabulary
         Genes to align to (.tsv, .csv, .json, or the var of an .h5ad). Built from the files if not given.
     min_counts
@@ -53,7 +53,7 @@ def corpus_build(
     from scfm_jax.genes import Vocabulary
 
     if not files:
-        raise InputError("corpus build", "no file is given", "name h5ad files or one sources.toml")
+        raise InputError("corpus build", "no file is given", "name files of cells or one sources.toml")
     if [path.suffix for path in files] == [".toml"]:
         sources = read_sources(files[0])
     else:
@@ -405,6 +405,7 @@ def _cache_compilations() -> None:
 def _print_build(report: dict[str, Any]) -> None:
     for file in report["files"]:
         genes, dropped = file["genes"], sum(file["dropped"].values())
+        excluded = ", ".join(f"{n:,} {kind}" for kind, n in file["excluded"].items())
         outcomes = ", ".join(
             f"{genes[f'n_{outcome}']:,} {outcome}"
             for outcome in ("matched", "unmatched", "ambiguous", "merged", "displaced")
@@ -417,6 +418,7 @@ def _print_build(report: dict[str, Any]) -> None:
                 else ""
             )
             + f"; genes: {outcomes}; {genes['share_lost']:.1%} of counts lost"
+            + (f"; excluded features: {excluded}" if excluded else "")
         )
 
 

@@ -60,6 +60,12 @@ class Reading:
     """What the technology measures, where that is not what having coordinates says."""
     tissue: str = ""
     """brain, breast, ...: for sampling weights."""
+    table: str | None = None
+    """The table of a SpatialData folder, where it has several."""
+    cells: Path | None = None
+    """The table of cells of a 10x .h5, where it is not beside it under its usual name."""
+    name: str | None = None
+    """Name of the slide, in place of the file's stem."""
 
     def source(self, path: Path) -> Any:
         from scfm_jax.corpus import Source
@@ -83,4 +89,7 @@ class Reading:
             labels=tuple(filter(None, self.labels.split(","))),
             um_per_unit=self.um_per_unit,
             max_radius=self.max_radius,
+            table=self.table,
+            cells=None if self.cells is None else str(self.cells),
+            name=self.name,
         )

@@ -90,6 +90,7 @@ def test_embed(finished, slide, tmp_path, capsys):
         ),
         (["embed", "{new}", "{slide}", "-o", "{new}.h5ad", *READING], "no run directory"),
         (["embed", "{run}", "{slide}", "-o", "{slide}", *READING], "exists already"),
+        (["embed", "{run}", "{corpus}", "-o", "{new}2.h5ad", *READING], "a copy of an .h5ad file"),
         (["embed", "{run}", "{new}.h5ad", "-o", "{new}2.h5ad", *READING], "no such file"),
         (["demo", "{corpus}"], "exists already"),
         (["fly"], "no verb"),

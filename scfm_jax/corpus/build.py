@@ -64,8 +64,8 @@ def build_corpus(
         Folder to make, or a prefix of a bucket (``gs://``, ``s3://``). A build that was interrupted goes on
         when it is called again; one that is done already does nothing.
     sources
-        The files. A file with several sections gives a slide ``<file stem>/<section>`` for each, any other
-        one slide ``<file stem>``.
+        The files. A file with several sections gives a slide ``<stem>/<section>`` for each, any other one
+        slide ``<stem>``; the stem is the file's, or the source's name.
     vocabulary
         The genes to align to; ``None`` builds it from the files.
     gene_names, aliases, orthologs
@@ -87,7 +87,8 @@ def build_corpus(
     Returns
     -------
     The report: totals, and for each file its genes by outcome, the share of counts lost with those unmatched,
-    cells dropped and why, the slides it became and the warnings. It is also kept in the corpus.
+    features excluded, cells dropped and why, the slides it became and the warnings. It is also kept in the
+    corpus.
 
     Raises
     ------
@@ -290,7 +291,7 @@ def _tell_nobody(what: str, done: int, total: int) -> None:
 
 def _outlines(place: Place, sources: Sequence[Source]) -> list[Outline]:
     if not sources:
-        raise InputError(place, "no source file is given", "give at least one file")
+        raise InputError(place, "no source file is given", "give at least one .h5ad, .zarr or 10x .h5 file")
     return outline_sources(sources)
 
 

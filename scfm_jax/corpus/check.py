@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Int64
 
-from scfm_jax.corpus.h5ad import CountsFile, Totals
+from scfm_jax.corpus.counts_file import CountsFile, Totals
 from scfm_jax.corpus.manifest import canonical_json, sha256_bytes
 from scfm_jax.corpus.sources import Source
 from scfm_jax.corpus.store import MOST_EXPRESSED
@@ -45,13 +45,14 @@ class CountJob:
 class Counted:
     """A source whose counts are good.
 
-    ``entries_of_slide`` holds the non-zeros of the kept cells of each of its slides; ``by_cell`` says whether
+    ``excluded`` counts features that are no genes, by their type; ``entries_of_slide`` holds the non-zeros of the kept cells of each of its slides; ``by_cell`` says whether
     they can be read a cell at a time.
     """
 
     totals: Totals
     layer: str
     warnings: list[str]
+    excluded: dict[str, int]
     entries_of_slide: Int64[np.ndarray, " slides"]
     by_cell: bool
 
@@ -80,14 +81,12 @@ def outline_sources(sources: Sequence[Source], taken: Iterable[str] = ()) -> lis
             slides = slide_names(file)
             for slide in slides:
                 if slide in owner:
-                    mend = "rename one file, or give it once"
+                    mend = "give one of them a name, or give it once"
                     raise InputError(source.path, f"slide {slide!r} would come from {owner[slide]} too", mend)
                 owner[slide] = source.path
-            stat = Path(source.path).stat()
             fingerprint = {
                 "source": asdict(source) | {"path": str(Path(source.path).resolve())},
-                "bytes": stat.st_size,
-                "modified_ns": stat.st_mtime_ns,
+                "state": file.fingerprint(),
             }
             outlines.append(Outline(source, file.gene_names, len(file.obs), slides, fingerprint))
     return outlines
@@ -95,7 +94,7 @@ def outline_sources(sources: Sequence[Source], taken: Iterable[str] = ()) -> lis
 
 def slide_names(file: CountsFile) -> list[str]:
     """Name the slide of each section of a file."""
-    stem = Path(file.source.path).stem
+    stem = file.source.stem
     return [f"{stem}/{section}" if len(file.sections) > 1 else stem for section in file.sections]
 
 
@@ -124,7 +123,7 @@ def count(job: CountJob) -> Counted:
         raise InputError(source.path, "var_names: no gene is in the vocabulary", mend)
     with contextlib.closing(CountsFile(source)) as file:
         totals = file.totals(job.target)
-        warnings = file.piece_warnings()
+        warnings, excluded = file.warnings(), file.excluded
         layer, by_cell = file.layer, file.matrix.format == "csr"
         kept = totals.cell_matched >= job.min_counts
         entries_of_slide = np.bincount(
@@ -138,7 +137,7 @@ def count(job: CountJob) -> Counted:
         raise InputError(
             source.path, f"{layer}: a cell has {totals.cell_entries.max()} expressed genes", mend
         )
-    return Counted(totals, layer, warnings, entries_of_slide, by_cell)
+    return Counted(totals, layer, warnings, excluded, entries_of_slide, by_cell)
 
 
 def report_source(
@@ -158,6 +157,7 @@ def report_source(
         "n_cells": outline.n_cells,
         "n_kept": outline.n_cells - dropped,
         "dropped": {"no counts": min(empty, dropped), "under min_counts": max(dropped - empty, 0)},
+        "excluded": counted.excluded,
         "genes": genes,
         "warnings": [],
     }

@@ -13,12 +13,12 @@ from scfm_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """One AnnData file and how to read it.
+    """One file of cells and how to read it.
 
     Parameters
     ----------
     path
-        The ``.h5ad`` file.
+        An ``.h5ad`` file, a ``.zarr`` folder of AnnData or SpatialData, or a 10x ``.h5`` file.
     species
         ``"human"``, ``"mouse"`` or another lower-case name.
     technology
@@ -44,11 +44,17 @@ class Source:
     modality
         ``"spatial"`` or ``"dissociated"``: what the technology measures. If "", `spatial` says it; but a
         subsample of a section has no neighbours, and is of a spatial modality all the same.
+    table
+        Name of the table in a SpatialData folder; it may be left out where there is one only.
+    cells
+        The table of cells of a 10x file, where it does not lie beside it under its usual name.
+    name
+        Name of the slide, in place of the file's stem.
 
     Raises
     ------
     InputError
-        A blank species or technology, a length that is not positive, or ``max_radius`` without
+        A blank species, technology or name, a length that is not positive, or ``max_radius`` without
         ``um_per_unit``.
     """
 
@@ -64,11 +70,19 @@ class Source:
     max_radius: float | None = None
     tissue: str = ""
     modality: Literal["", "spatial", "dissociated"] = ""
+    table: str | None = None
+    cells: str | None = None
+    name: str | None = None
+
+    @property
+    def stem(self) -> str:
+        """What the names of its slides begin with."""
+        return self.name or Path(self.path).stem
 
     def __post_init__(self) -> None:
-        for name in ("species", "technology"):
+        for name in ("species", "technology", "name"):
             value = getattr(self, name)
-            if not value.strip() or "/" in value:
+            if value is not None and (not value.strip() or "/" in value):
                 raise InputError(self.path, f"{name} is {value!r}", f"name the {name}, without a slash")
         if self.modality not in ("", "spatial", "dissociated"):
             raise InputError(
@@ -123,13 +137,18 @@ def _source_from_table(toml_path: Path, number: int, table: dict[str, Any]) -> S
     for name, value in table.items():
         if not _fits(name, value):
             raise InputError(where, f"field {name!r} is {value!r}", f"give {_EXPECTED[name]}")
-    table = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    return Source(**{**table, "path": str(toml_path.parent / table["path"])})
+    read: dict[str, Any] = {
+        n: tuple(value) if isinstance(value, list) else value for n, value in table.items()
+    }
+    for name in {"path", "cells"} & set(read):
+        read[name] = str(toml_path.parent / read[name])
+    return Source(**read)
 
 
 _TEXT, _NUMBER = "a text", "a number"
 _EXPECTED = {
     **dict.fromkeys(("path", "species", "technology", "layer", "section", "tissue"), _TEXT),
+    **dict.fromkeys(("table", "cells", "name"), _TEXT),
     "modality": "spatial or dissociated",
     **dict.fromkeys(("um_per_unit", "max_radius"), _NUMBER),
     "spatial": "true or false",

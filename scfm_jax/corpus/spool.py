@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy import sparse
 
-from scfm_jax.corpus.h5ad import Entries
+from scfm_jax.corpus.matrix import Entries
 
 BAND_ENTRIES = 1 << 23
 _RECORD = np.dtype([("row", "<i4"), ("gene", "<i4"), ("count", "<i4")])

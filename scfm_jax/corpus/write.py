@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from scfm_jax.corpus.check import slide_names
-from scfm_jax.corpus.h5ad import CountsFile, Totals
+from scfm_jax.corpus.counts_file import CountsFile, Totals
 from scfm_jax.corpus.manifest import BUILDING, SLIDE, canonical_json
 from scfm_jax.corpus.neighbours import hilbert_order
 from scfm_jax.corpus.place import Place
@@ -64,7 +64,7 @@ def write_slides(job: WriteJob) -> list[tuple[str, dict[str, Any]]]:
         if waiting:
             pieces = [contents[number].source_row for number in waiting]
             spool = Spool(scratch / "spool", pieces, job.totals.cell_entries, job.n_genes)
-            spool.fill(file.entries(), job.target)
+            spool.fill(file.entries(np.sort(np.concatenate(pieces))), job.target)
         for piece, number in enumerate(waiting):
             name, folder = contents[number].name, scratch / "slide"
             folder.mkdir()

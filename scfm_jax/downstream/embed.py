@@ -215,6 +215,8 @@ def embed_file(
         raise InputError(out, "exists already", "name another output or remove it")
     if "/" in key_added or key_added == source.coordinates:
         raise InputError(out, f"cannot keep an embedding as obsm[{key_added!r}]", "give another --key-added")
+    if Path(source.path).exists() and Path(source.path).suffix != ".h5ad":
+        raise InputError(source.path, "embeddings go into a copy of an .h5ad file", "write it as .h5ad first")
     if not out.parent.is_dir():
         raise InputError(out, "its folder does not exist", "make it first")
     with tempfile.TemporaryDirectory() as scratch:

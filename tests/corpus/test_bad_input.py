@@ -159,7 +159,7 @@ def test_a_file_of_another_kind_and_no_file(write, tissue, tmp_path):
     fails(
         tmp_path, [Source(str(tmp_path / "none.h5ad"), "human", "sim")], "none.h5ad", "there is no such file"
     )
-    fails(tmp_path, [], "out", "no source file is given; give at least one file")
+    fails(tmp_path, [], "out", "no source file is given; give at least one .h5ad")
 
 
 def test_no_gene_in_the_vocabulary(tissue, write, tmp_path):

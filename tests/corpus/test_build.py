@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from scfm_jax.corpus import Corpus, build_corpus, h5ad, spool, verify_corpus
+from scfm_jax.corpus import Corpus, build_corpus, matrix, spool, verify_corpus
 from scfm_jax.corpus.slide import write_slide
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Vocabulary
@@ -80,8 +80,8 @@ def test_every_form_of_the_same_counts_gives_the_same_corpus(
     tissue, write, tmp_path, monkeypatch, form, at_once
 ):
     build_corpus(tmp_path / "plain", [write(tissue)])
-    monkeypatch.setattr(h5ad.Matrix.entries, "__defaults__", (at_once,))
-    monkeypatch.setattr(h5ad, "_DENSE_ELEMENTS", at_once)
+    monkeypatch.setattr(matrix, "ENTRIES", at_once)
+    monkeypatch.setattr(matrix, "DENSE_ELEMENTS", at_once)
     monkeypatch.setattr(spool, "BAND_ENTRIES", 2 * at_once)
     build_corpus(tmp_path / "other", [write(FORMS[form](tissue))])
     assert Corpus.open(tmp_path / "other").hash == Corpus.open(tmp_path / "plain").hash

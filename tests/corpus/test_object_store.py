@@ -5,6 +5,7 @@ import json
 import boto3
 import numpy as np
 import pytest
+from s3_server import BUCKET, UnreliableProxy, s3_server
 
 from scfm_jax.cli import main
 from scfm_jax.corpus import Corpus, add_sources, build_corpus, merge_corpora, remove_slides, verify_corpus
@@ -14,8 +15,6 @@ from scfm_jax.data.loader import DataConfig, Loader
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.errors import InputError
-
-from s3_server import BUCKET, UnreliableProxy, s3_server
 
 
 @pytest.fixture(scope="module")

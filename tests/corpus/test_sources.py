@@ -53,6 +53,8 @@ def test_every_field_is_read_and_paths_start_from_the_file(tmp_path):
         (GOOD + "um_per_unit = true", "'um_per_unit' is True"),
         (GOOD + "um_per_unit = 0", "um_per_unit is 0"),
         (GOOD + "max_radius = 5", "um_per_unit is not known"),
+        (GOOD + "table = 1", "'table' is 1"),
+        (GOOD + "name = ' '", "name is ' '"),
         (GOOD + "coordinates = ['x']", "'coordinates' is ['x']"),
         (GOOD.replace("spatial = false", "spatial = 'no'"), "'spatial' is 'no'"),
     ],

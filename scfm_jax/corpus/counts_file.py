@@ -1,82 +1,29 @@
-"""One AnnData file, read without loading it: its raw counts as a stream, and what ``obs`` says of its cells.
+"""One file of cells, read without loading it: its raw counts as a stream, and what ``obs`` says of its cells.
 
-The counts pass by as (row, column, value) entries in the order of the file, a bounded number at a time,
-whether it is CSR, CSC or dense. Only what there is one of for each cell or gene is held in memory.
+Only what there is one of for each cell or gene is held in memory. What differs between formats lies in
+`scfm_jax.corpus.formats`; here all of them are alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
-import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem, sparse_dataset
-from jaxtyping import Float, Int, Int32, Int64, Shaped
+from jaxtyping import Bool, Float, Int, Int32, Int64, Shaped
+from scipy import sparse
 
+from scfm_jax.corpus.formats import DAMAGED, UNREADABLE, Opened, open_source, telling
+from scfm_jax.corpus.matrix import Entries, Matrix
 from scfm_jax.corpus.sources import Source
 from scfm_jax.errors import InputError
 
-_ENTRIES = 1 << 21
-_DENSE_ELEMENTS = 1 << 22
 _PEEK = 1 << 16
 _LARGEST = np.iinfo(np.int32).max
 _MISSING = ("", "nan", "NaN", "None", "NA", "<NA>")
 _PIECE_COLUMN = r"(?i)^(section|sample|slide|z)(_?(id|name|key|index))?$"
-
-
-class Entries(NamedTuple):
-    """Non-zero values of a matrix, with their row and column."""
-
-    rows: Int[np.ndarray, " m"]
-    columns: Int[np.ndarray, " m"]
-    values: Shaped[np.ndarray, " m"]
-
-
-class Matrix:
-    """A cells x genes matrix in an open file: CSR, CSC or dense."""
-
-    def __init__(self, node: h5py.Group | h5py.Dataset) -> None:
-        self._node = node
-        self.format = "dense" if isinstance(node, h5py.Dataset) else sparse_dataset(node).format
-        self.shape: tuple[int, int] = node.shape if self.format == "dense" else sparse_dataset(node).shape
-
-    def entries(self, at_once: int = _ENTRIES) -> Iterator[Entries]:
-        """Yield all values that are not zero, in the file's order, about ``at_once`` (or fewer) at a time."""
-        if self.format == "dense":
-            yield from self._dense()
-            return
-        indptr = self._node["indptr"][:].astype(np.int64)
-        for start in range(0, int(indptr[-1]), at_once):
-            stop = min(start + at_once, int(indptr[-1]))
-            first = int(np.searchsorted(indptr, start, side="right")) - 1
-            last = int(np.searchsorted(indptr, stop, side="left"))
-            lengths = np.diff(np.clip(indptr[first : last + 1], start, stop))
-            major = np.repeat(np.arange(first, last, dtype=np.int32), lengths)
-            minor = self._node["indices"][start:stop].astype(np.int32)
-            values = self._node["data"][start:stop]
-            if not values.all():
-                stored = values != 0
-                major, minor, values = major[stored], minor[stored], values[stored]
-            yield Entries(major, minor, values) if self.format == "csr" else Entries(minor, major, values)
-
-    def _dense(self) -> Iterator[Entries]:
-        step = max(1, _DENSE_ELEMENTS // max(1, self.shape[1]))
-        if self._node.chunks:
-            # Reading part of a compressed chunk decompresses all of it; up to a point, read whole ones.
-            chunk = self._node.chunks[0]
-            step = min(-(-step // chunk) * chunk, 8 * step)
-        for start in range(0, self.shape[0], step):
-            block = self._node[start : start + step]
-            rows, columns = np.nonzero(block)
-            yield Entries((rows + start).astype(np.int32), columns.astype(np.int32), block[rows, columns])
-
-    def looks_raw(self) -> bool:
-        """Tell whether the first values are raw counts."""
-        first = next(self.entries(_PEEK), None)
-        return first is None or _first_not_raw(first.values) is None
 
 
 @dataclass(frozen=True)
@@ -94,7 +41,7 @@ class Totals:
 
 
 class CountsFile:
-    """An AnnData file opened for its raw counts.
+    """A file opened for its raw counts.
 
     Parameters
     ----------
@@ -109,63 +56,64 @@ class CountsFile:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        try:
-            self._file = h5py.File(source.path)
-            self.obs: pd.DataFrame = read_elem(self._file["obs"])
-            self._matrices = self._find_matrices()
+        self._opened: Opened = open_source(source)
+        self.obs: pd.DataFrame = self._opened.obs
+        self.excluded: dict[str, int] = self._opened.excluded
+        with telling(source.path, f"it cannot be read as {self._opened.kind}, or is truncated", UNREADABLE):
             self.layer, self.matrix = self._choose_matrix()
-            var = "raw/var" if self.layer == "raw" else "var"
-            self.gene_names = [str(name) for name in read_elem(self._file[var]).index]
-        except InputError:
-            raise
-        except FileNotFoundError:
-            raise InputError(source.path, "there is no such file", "give the path of an .h5ad file") from None
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(
-                source.path,
-                f"it cannot be read as an AnnData file, or is truncated ({error})",
-                "write or copy it again",
-            ) from None
+            self.gene_names = self._opened.gene_names(self.layer)
         self._check_shape()
         self.section_of, self.sections = self._sections()
         self.coordinates = self._coordinates()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._opened.close()
 
-    def entries(self) -> Iterator[Entries]:
-        """Yield the counts that are not zero, in the file's order; values are checked raw counts, int32."""
-        try:
-            for rows, columns, values in self.matrix.entries():
-                bad = _first_not_raw(values)
-                if bad is not None:
-                    raise self._not_raw(f"holds {values[bad]} in cell {self.obs.index[rows[bad]]!r}")
-                yield Entries(rows, columns, values.astype(np.int32))
-        except (OSError, RuntimeError) as error:
-            raise InputError(
-                self.source.path,
-                f"{self.layer} cannot be read, the file is damaged ({error})",
-                "write or copy it again",
-            ) from None
+    def fingerprint(self) -> dict[str, Any]:
+        """Tell the state of what was read, file or folder by name: bytes, number of files, newest change."""
+        states = {}
+        for path in self._opened.paths:
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            stats = [file.stat() for file in files]
+            states[path.name] = {
+                "bytes": sum(stat.st_size for stat in stats),
+                "files": len(stats),
+                "modified_ns": max(stat.st_mtime_ns for stat in stats),
+            }
+        return states
+
+    def entries(self, rows: Int[np.ndarray, " wanted"] | None = None) -> Iterator[Entries]:
+        """Yield the counts that are not zero, in the file's order; values are checked raw counts, int32.
+
+        ``rows`` are the cells wanted, ascending; all if None.
+        """
+        with telling(self.source.path, f"{self.layer} cannot be read, the file is damaged", DAMAGED):
+            for found, columns, values in self.matrix.entries(rows):
+                counts = _as_counts(values)
+                if counts is None:
+                    bad = int(np.argmin(_is_count(values)))
+                    raise self._not_raw(f"holds {values[bad]} in cell {self.obs.index[found[bad]]!r}")
+                yield Entries(found, columns, counts)
 
     def totals(self, target: Int[np.ndarray, " n_genes"]) -> Totals:
         """Pass over all counts once, checking them; ``target`` is -1 for a gene that is not carried along."""
         n_cells, n_genes = self.matrix.shape
         cells = np.zeros((3, n_cells), np.int64)
         gene = np.zeros(n_genes, np.int64)
+        has_target = target >= 0
         for rows, columns, values in self.entries():
             if not len(rows):
                 continue
-            matched = target[columns] >= 0
+            matched = has_target.take(columns)
             low, high = int(rows.min()), int(rows.max()) + 1
-            for total, weights in zip(cells, (values, values * matched, matched)):
-                total[low:high] += np.bincount(rows - low, weights, high - low).astype(np.int64)
-            gene += np.bincount(columns, values, n_genes).astype(np.int64)
+            for total, weights in zip(cells, (values, values * matched, matched.view(np.int8))):
+                total[low:high] += _sums(rows - low, weights, high - low)
+            gene += _sums(columns, values, n_genes)
         if cells[0].max() > _LARGEST:
             raise self._not_raw(f"gives cell {self.obs.index[cells[0].argmax()]!r} {cells[0].max()} counts")
-        raw, matched, entries = cells.astype(np.int32)
-        return Totals(raw, matched, entries, gene)
+        cell_raw, cell_matched, cell_entries = cells.astype(np.int32)
+        return Totals(cell_raw, cell_matched, cell_entries, gene)
 
     def label(self, name: str) -> tuple[Int[np.ndarray, " n"], list[str]]:
         """Return codes (-1 where missing) and sorted classes of a column of ``obs``."""
@@ -177,50 +125,41 @@ class CountsFile:
         filled[~missing] = codes
         return filled, classes.tolist()
 
-    def piece_warnings(self) -> list[str]:
-        """Name the columns of ``obs`` that tell pieces apart within what was given as one section."""
+    def warnings(self) -> list[str]:
+        """Say what looks odd: cells left out, and pieces within what was given as one section."""
         if not self.source.spatial:
-            return []
-        columns = self.obs.columns[self.obs.columns.astype(str).str.match(_PIECE_COLUMN)]
+            return list(self._opened.doubts)
+        names = self.obs.columns.astype(str)
+        columns = self.obs.columns[names.str.match(_PIECE_COLUMN) | (names == self._opened.region)]
         several = {name: self.obs[name].groupby(self.section_of).nunique().max() for name in columns}
-        return [
+        return list(self._opened.doubts) + [
             f"obs[{name!r}] has {n} values in one section: give it as section if they are pieces of tissue"
             for name, n in several.items()
             if n > 1
         ]
 
-    def _find_matrices(self) -> dict[str, Matrix]:
-        nodes = {"X": self._file.get("X"), "raw": self._file.get("raw/X")}
-        nodes |= dict(self._file.get("layers", {}).items())
-        return {
-            name: Matrix(node)
-            for name, node in nodes.items()
-            if (isinstance(node, h5py.Dataset) and node.ndim == 2)
-            or (isinstance(node, h5py.Group) and "indptr" in node)
-        }
-
     def _choose_matrix(self) -> tuple[str, Matrix]:
         asked = self.source.layer
         if asked is not None:
-            if asked not in self._matrices:
+            if asked not in self._opened.matrices:
                 raise InputError(
                     self.source.path,
                     f"layer {asked!r} is not there",
-                    f"use one of {', '.join(self._matrices) or 'none'}",
+                    f"use one of {', '.join(self._opened.matrices) or 'none'}",
                 )
-            return asked, self._matrices[asked]
-        usual = [name for name in ("X", "counts", "raw") if name in self._matrices]
+            return asked, self._opened.matrices[asked]
+        usual = [name for name in ("X", "counts", "raw") if name in self._opened.matrices]
         for name in usual:
-            if self._matrices[name].looks_raw():
-                return name, self._matrices[name]
+            if _looks_raw(self._opened.matrices[name]):
+                return name, self._opened.matrices[name]
         self.layer = " and ".join(usual) or "X"
         raise self._not_raw("has negative or fractional values" if usual else "is not there")
 
     def _not_raw(self, problem: str) -> InputError:
         others = [
             name
-            for name, m in self._matrices.items()
-            if name not in self.layer.split(" and ") and m.looks_raw()
+            for name, m in self._opened.matrices.items()
+            if name not in self.layer.split(" and ") and _looks_raw(m)
         ]
         mend = (
             f"{others[0]} looks raw: give layer = {others[0]!r}"
@@ -277,16 +216,19 @@ class CountsFile:
         if not self.source.spatial:
             return None
         where, key = self.source.path, self.source.coordinates
+        if key == "spatial" and self._opened.coordinates:
+            key = self._opened.coordinates
         if isinstance(key, str):
             field = f"obsm[{key!r}]"
-            if f"obsm/{key}" not in self._file:
-                there = ", ".join(self._file.get("obsm", ())) or "empty"
+            if key not in self._opened.obsm:
+                there = ", ".join(self._opened.obsm) or "empty"
                 raise InputError(
                     where,
                     f"{field}: no coordinates (obsm: {there})",
                     "give coordinates, or spatial = false for dissociated cells",
                 )
-            values = np.asarray(read_elem(self._file[f"obsm/{key}"]))
+            with telling(where, f"{field} cannot be read, the file is damaged", UNREADABLE):
+                values = np.asarray(self._opened.read_obsm(key))
         else:
             field = f"obs[{key[0]!r}], obs[{key[1]!r}]"
             values = np.stack([self._obs_column("coordinates", name).to_numpy() for name in key], axis=1)
@@ -306,11 +248,28 @@ class CountsFile:
         return xy
 
 
-def _first_not_raw(values: Shaped[np.ndarray, " m"]) -> int | None:
-    if values.dtype.kind in "ub" or not len(values):
-        good = values <= _LARGEST
-    elif values.dtype.kind == "i":
-        good = (values >= 0) & (values <= _LARGEST)
-    else:
-        good = (values >= 0) & (values <= _LARGEST) & (np.rint(values) == values)
-    return None if good.all() else int(np.argmin(good))
+def _is_count(values: Shaped[np.ndarray, " m"]) -> Bool[np.ndarray, " m"]:
+    return (values >= 0) & (values < _LARGEST) & (np.rint(values) == values)
+
+
+def _as_counts(values: Shaped[np.ndarray, " m"]) -> Int32[np.ndarray, " m"] | None:
+    """Return the values as int32, or None where one of them is no count."""
+    with np.errstate(invalid="ignore"):
+        counts = values.astype(np.int32)
+    if not len(counts):
+        return counts
+    # A number out of range becomes negative or, on some machines, the largest there is.
+    good = counts.min() >= 0 and counts.max() < _LARGEST and (counts.astype(values.dtype) == values).all()
+    return counts if good else None
+
+
+def _looks_raw(matrix: Matrix) -> bool:
+    """Tell whether the first values are raw counts."""
+    first = next(matrix.entries(at_once=_PEEK), None)
+    return first is None or _as_counts(first.values) is not None
+
+
+def _sums(keys: Int[np.ndarray, " m"], weights: Int[np.ndarray, " m"], n: int) -> Int64[np.ndarray, " n"]:
+    """Sum the weights of each key: `numpy.bincount` in whole numbers, in a quarter of the time."""
+    column = np.array([0, len(keys)], np.int32)  # int64 would have all keys copied
+    return sparse.csc_array((weights, keys, column), (n, 1)) @ np.ones(1, np.int64)
