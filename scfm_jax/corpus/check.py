@@ -45,8 +45,8 @@ class CountJob:
 class Counted:
     """A source whose counts are good.
 
-    ``excluded`` counts features that are no genes, by their type; ``entries_of_slide`` holds the non-zeros of the kept cells of each of its slides; ``by_cell`` says whether
-    they can be read a cell at a time.
+    ``excluded`` counts features that are no genes, by their type; ``entries_of_slide`` holds the non-zeros of
+    the kept cells of each of its slides; ``by_cell`` says whether they can be read a cell at a time.
     """
 
     totals: Totals
