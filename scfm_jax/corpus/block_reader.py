@@ -68,9 +68,14 @@ class BlockReader:
         self._indexes: OrderedDict[int, SlideIndex] = OrderedDict()
 
     def cells(
-        self, block: Int64[np.ndarray, " n"], place: Int64[np.ndarray, " n"], slide: Int[np.ndarray, " n"]
+        self,
+        block: Int64[np.ndarray, " n"],
+        place: Int64[np.ndarray, " n"],
+        slide: Int[np.ndarray, " n"],
+        *,
+        keep: bool = True,
     ) -> tuple[Int32[np.ndarray, " nnz"], Int32[np.ndarray, " nnz"], Int64[np.ndarray, " n_and_end"]]:
-        """Genes, counts and offsets of cells by block, place within it, and slide."""
+        """Genes, counts and offsets of cells by block, place within it, and slide; see `Corpus.cells`."""
         with self._lock:
             slots = self._entries.find(block)
             here = slots >= 0
@@ -79,8 +84,9 @@ class BlockReader:
             # Read without the lock: what was found is copied already, so another thread may push it out.
             missing, at = np.unique(block[~here], return_inverse=True)
             read = self._read_entries(missing)
-            with self._lock:
-                self._entries.put(read)
+            if keep:
+                with self._lock:
+                    self._entries.put(read)
             found, lengths = _merge(found, lengths, here, read, at, place[~here])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         genes, counts = unpack(found)

@@ -181,13 +181,15 @@ class Corpus:
         """Return the number of each cell's slide."""
         return (np.searchsorted(self.slide_starts, self._checked(index), side="right") - 1).astype(np.int32)
 
-    def cells(self, index: Int[np.ndarray, " n"]) -> Cells:
+    def cells(self, index: Int[np.ndarray, " n"], *, keep: bool = True) -> Cells:
         """Read the expressed genes of cells.
 
         Parameters
         ----------
         index
             Cell numbers, in any order; repeats are allowed.
+        keep
+            Whether blocks that are read are kept in memory for other calls.
 
         Returns
         -------
@@ -199,7 +201,7 @@ class Corpus:
             A number outside the corpus.
         """
         index = self._checked(index)
-        return Cells(*self._blocks.cells(*self._located(index)))
+        return Cells(*self._blocks.cells(*self._located(index), keep=keep))
 
     def column(self, name: str, index: Int[np.ndarray, " n"] | None = None) -> Shaped[np.ndarray, " n"]:
         """Read a column of cells.

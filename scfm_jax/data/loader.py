@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import grain
 import jax
@@ -30,6 +31,9 @@ from scfm_jax.errors import InputError, check_least
 
 _CALIBRATION_WINDOWS, _CALIBRATION_SEED = 2, 0
 _WINDOW_ORDER = 3  # beside the purposes of `stream`
+
+# (name of a window, this host's lengths) to the greatest lengths of any host.
+Exchange: TypeAlias = Callable[[str, Int64[np.ndarray, "steps 2"]], Int64[np.ndarray, "steps 2"]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class DataConfig:
         Blocks of 64 cells that are shuffled together.
     prefetch
         Batches made ahead of the step.
+    readers
+        Threads that read the corpus, a shard of a window each; they change nothing in the batches.
     weights
         How often cells are drawn, relative to others: ``field=value=weight`` with a field of technology,
         species, modality (spatial, dissociated) and tissue. Several that name a slide multiply; without any,
@@ -69,11 +75,20 @@ class DataConfig:
     length_multiple: int = 8
     pool_blocks: int = 256
     prefetch: int = 2
+    readers: int = 2
     weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_least(
-            self, 1, "batch_size", "virtual_shards", "window", "rungs", "length_multiple", "pool_blocks"
+            self,
+            1,
+            "batch_size",
+            "virtual_shards",
+            "window",
+            "rungs",
+            "length_multiple",
+            "pool_blocks",
+            "readers",
         )
         check_least(self, 0, "prefetch")
         if self.batch_size % self.virtual_shards:
@@ -106,12 +121,20 @@ class Reader(Protocol):
 
 
 @dataclass
-class _Window:
-    """Samples of one window, by virtual shard, and which of them go to which step."""
+class _Part:
+    """One shard's samples of a window, and which of them go to which step."""
 
-    samples: list[Read]
-    rows: list[list[Int64[np.ndarray, " r"]]]  # [shard][step of the window]
-    lengths: Int64[np.ndarray, "steps 2"]  # longest row of each of `lengths`
+    samples: Read
+    rows: list[Int64[np.ndarray, " r"]]  # by step of the window
+    lengths: Int64[np.ndarray, "steps 2"]  # longest row of each step
+
+
+@dataclass
+class _Window:
+    """This host's parts of a window, and the longest row of each step over all hosts."""
+
+    parts: list[_Part]
+    lengths: Int64[np.ndarray, "steps 2"]
 
 
 class Loader:
@@ -132,6 +155,10 @@ class Loader:
     host
         This host's number and how many there are; it gets a contiguous run of shards and their rows of the
         batch.
+    exchange
+        How hosts tell each other the lengths of their rows, which the static length of a step must hold. If
+        not given, each host reads the samples of all shards instead: the same batches, at a cost that grows
+        with the hosts.
 
     Raises
     ------
@@ -148,6 +175,7 @@ class Loader:
         seed: int,
         rates: MaskRates | TokenMask | None,
         host: tuple[int, int] = (0, 1),
+        exchange: Exchange | None = None,
     ) -> None:
         if not len(centres):
             raise InputError(corpus.path, "has no cell to train on", "loosen the split or the filters")
@@ -162,6 +190,9 @@ class Loader:
         self._rows = config.batch_size // config.virtual_shards
         own = config.virtual_shards // hosts
         self._own = range(number * own, (number + 1) * own)
+        self._read = self._own if exchange or hosts == 1 else range(config.virtual_shards)
+        self._exchange: Exchange = exchange or (lambda name, lengths: lengths)
+        self._pool = ThreadPoolExecutor(config.readers, thread_name_prefix="scfm-reader")
         self._reader: Reader = config.sample.reader(corpus)
         blocks = block_numbers(corpus, centres)
         weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
@@ -176,13 +207,14 @@ class Loader:
             )
             for number in (seed, _CALIBRATION_SEED)
         )
+        self._asked: OrderedDict[int, list[Future[_Part]]] = OrderedDict()
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
         # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their
         # compilations.
         observed = np.concatenate(
             [
-                self._read_window(calibration, _CALIBRATION_SEED, number).lengths
+                self._join(f"calibration {number}", self._ask(calibration, _CALIBRATION_SEED, number)).lengths
                 for number in range(_CALIBRATION_WINDOWS)
             ]
         )
@@ -191,19 +223,19 @@ class Loader:
             for lengths, longest in zip(observed.T, self._reader.longest, strict=True)
         ]
 
-    def batch(self, step: int) -> Batch:
-        """This host's rows of the batch of `step`, NumPy arrays."""
+    def batch(self, step: int, *, stop: int = 0) -> Batch:
+        """This host's rows of the batch of `step`, NumPy arrays.
+
+        The next window is read meanwhile if it begins before step `stop`.
+        """
         number, place = divmod(step, self.config.window)
-        window = self._window(number)
+        window = self._window(number, stop)
         first, second = (
             ladder.rung(int(longest))
             for ladder, longest in zip(self.ladders, window.lengths[place], strict=True)
         )
-        parts = [
-            window.samples[shard].collate(window.rows[shard][place], first, second, self._rows)
-            for shard in self._own
-        ]
-        return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+        rows = [part.samples.collate(part.rows[place], first, second, self._rows) for part in window.parts]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *rows) if len(rows) > 1 else rows[0]
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps `start` to `stop`, made ahead in a thread (Grain)."""
@@ -211,28 +243,36 @@ class Loader:
         steps = grain.MapDataset.source(_Steps(self, stop))[start:]
         return iter(steps.to_iter_dataset(options))
 
-    def _window(self, number: int) -> _Window:
+    def _window(self, number: int, stop: int) -> _Window:
         with self._lock:
             if number not in self._windows:
-                self._windows[number] = self._read_window(self._streams, self._seed, number)
-                if len(self._windows) > 2:
-                    self._windows.popitem(last=False)
+                for ahead in (number, number + 1):
+                    if ahead not in self._asked and (ahead == number or ahead * self.config.window < stop):
+                        self._asked[ahead] = self._ask(self._streams, self._seed, ahead)
+                self._windows[number] = self._join(str(number), self._asked.pop(number))
+                for kept in (self._windows, self._asked):
+                    if len(kept) > 2:
+                        kept.popitem(last=False)
             return self._windows[number]
 
-    def _read_window(self, streams: MixedStreams, seed: int, number: int) -> _Window:
+    def _ask(self, streams: MixedStreams, seed: int, number: int) -> list[Future[_Part]]:
+        return [self._pool.submit(self._read_part, streams, seed, number, shard) for shard in self._read]
+
+    def _join(self, name: str, asked: list[Future[_Part]]) -> _Window:
+        parts = [part.result() for part in asked]
+        lengths = self._exchange(name, np.max([part.lengths for part in parts], axis=0))
+        own = slice(self._own.start - self._read.start, self._own.stop - self._read.start)
+        return _Window(parts[own], lengths)
+
+    def _read_part(self, streams: MixedStreams, seed: int, number: int, shard: int) -> _Part:
         steps, per_window = self.config.window, self.config.window * self._rows
         order = np.random.default_rng([seed, _WINDOW_ORDER, number]).permutation(steps)
-        samples, rows, lengths = [], [], np.zeros((steps, 2), np.int64)
-        # The static length of a step must hold the rows of all hosts, so each host measures all shards.
-        for shard in range(self.config.virtual_shards):
-            cells = streams.draw(shard, number * per_window, (number + 1) * per_window)
-            read = self._reader.read(cells, draw=number * steps, seed=seed, rates=self._rates)
-            groups = order_by_length(read).reshape(steps, self._rows)
-            for place, group in zip(order, groups, strict=True):
-                lengths[place] = np.maximum(lengths[place], read.lengths[group].max(0))
-            samples.append(read)
-            rows.append([groups[rank] for rank in np.argsort(order)])
-        return _Window(samples, rows, lengths)
+        cells = streams.draw(shard, number * per_window, (number + 1) * per_window)
+        read = self._reader.read(cells, draw=number * steps, seed=seed, rates=self._rates)
+        groups = order_by_length(read).reshape(steps, self._rows)
+        lengths = np.empty((steps, 2), np.int64)
+        lengths[order] = read.lengths[groups].max(1)
+        return _Part(read, [groups[rank] for rank in np.argsort(order)], lengths)
 
 
 class _Steps:
@@ -245,7 +285,7 @@ class _Steps:
         return self._n_steps
 
     def __getitem__(self, step: int) -> Batch:
-        return self._loader.batch(int(step))
+        return self._loader.batch(int(step), stop=self._n_steps)
 
 
 def evaluation_batches(

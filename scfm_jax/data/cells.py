@@ -1,0 +1,138 @@
+"""Raw counts in batches, block-shuffled: for models of one's own, and the measure of what the disk gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.data.loader import block_numbers
+from scfm_jax.data.stream import ShardStreams
+from scfm_jax.errors import InputError
+
+_WITHOUT_END = 1 << 40
+
+
+@dataclass(frozen=True)
+class CellBatch:
+    """Raw counts of some cells, as the rows of a CSR matrix.
+
+    Attributes
+    ----------
+    index
+        The cells' numbers in the corpus.
+    genes, counts
+        Vocabulary indices, ascending within a cell, and raw counts.
+    offsets
+        Cell i has ``offsets[i]`` to ``offsets[i + 1]``.
+    """
+
+    index: Int64[np.ndarray, " b"]
+    genes: Int32[np.ndarray, " nnz"]
+    counts: Int32[np.ndarray, " nnz"]
+    offsets: Int64[np.ndarray, " b_and_end"]
+
+    def rows(self, start: int, stop: int) -> CellBatch:
+        """Cells `start` to `stop` of it, without a copy of their counts."""
+        first, last = self.offsets[start], self.offsets[stop]
+        return CellBatch(
+            self.index[start:stop],
+            self.genes[first:last],
+            self.counts[first:last],
+            self.offsets[start : stop + 1] - first,
+        )
+
+
+class CellBatches:
+    """Batches of raw counts, without end; that of step t is a function of (seed, t).
+
+    Parameters
+    ----------
+    corpus
+        Open corpus.
+    centres
+        Cells to draw, ascending.
+    batch_size
+        Cells of a batch.
+    seed
+        Of the order (see `ShardStreams`).
+    pool_blocks
+        Blocks of 64 cells that are shuffled together; each pool is read at once.
+    shard
+        Number of this stream and how many there are; each has cells of its own.
+    pools
+        Pools that are read at the same time, a thread each, ahead of the step.
+
+    Raises
+    ------
+    InputError
+        A size below 1, or fewer blocks than shards.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        centres: Int64[np.ndarray, " n"],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        pool_blocks: int = 256,
+        shard: tuple[int, int] = (0, 1),
+        pools: int = 2,
+    ) -> None:
+        if min(batch_size, pool_blocks, pools) < 1:
+            raise InputError(corpus.path, "a batch, a pool or the number of pools is empty", "give 1 or more")
+        self._corpus, self._batch_size, self._pools = corpus, batch_size, pools
+        self._shard, n_shards = shard
+        self._streams = ShardStreams(
+            centres, block_numbers(corpus, centres), n_shards=n_shards, seed=seed, pool_blocks=pool_blocks
+        )
+
+    def batch(self, step: int) -> CellBatch:
+        """The batch of `step`."""
+        start = step * self._batch_size
+        return self._read(self._streams.draw(self._shard, start, start + self._batch_size))
+
+    def iterate(self, start: int = 0, stop: int = _WITHOUT_END) -> Iterator[CellBatch]:
+        """Batches of steps `start` to `stop`, from pools that are read ahead (Grain: an element a pool)."""
+        begin, end = start * self._batch_size, stop * self._batch_size
+        numbers = (self._streams.pool_number(self._shard, position) for position in (begin, end - 1))
+        options = grain.ReadOptions(num_threads=self._pools, prefetch_buffer_size=self._pools)
+        first, last = numbers
+        pools = grain.MapDataset.range(first, last + 1).map(self._read_pool).to_iter_dataset(options)
+        parts: list[CellBatch] = []  # of the batch that the last pool did not fill
+        missing = self._batch_size
+        for pool, position in pools:
+            at, until = max(begin - position, 0), min(end - position, len(pool.index))
+            while at < until:
+                taken = min(missing, until - at)
+                parts.append(pool.rows(at, at + taken))
+                at, missing = at + taken, missing - taken
+                if not missing:
+                    yield _join(parts)
+                    parts, missing = [], self._batch_size
+
+    def _read_pool(self, number: int) -> tuple[CellBatch, int]:
+        cells, first = self._streams.pool(self._shard, number)
+        return self._read(cells), first
+
+    def _read(self, cells: Int64[np.ndarray, " n"]) -> CellBatch:
+        # A pool's blocks are read once an epoch: to keep them would cost a copy and bring nothing.
+        rows = self._corpus.cells(cells, keep=False)
+        return CellBatch(cells, rows.genes, rows.counts, rows.offsets)
+
+
+def _join(parts: list[CellBatch]) -> CellBatch:
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    return CellBatch(
+        np.concatenate([part.index for part in parts]),
+        np.concatenate([part.genes for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends))]),
+    )
