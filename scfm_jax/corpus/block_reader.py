@@ -12,9 +12,17 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Int32, Int64, Shaped, UInt
 
-from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, gather, runs
+from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, runs
 from scfm_jax.corpus.place import Place, remote_context
-from scfm_jax.corpus.store import BLOCK, LAYOUTS, SlideArrays, entry_layout, unpack
+from scfm_jax.corpus.store import (
+    BLOCK,
+    LARGEST_NARROW,
+    LAYOUTS,
+    SlideArrays,
+    entry_layout,
+    unpack_counts,
+    widened,
+)
 
 # What a column holds where a slide does not store it.
 _ABSENT: dict[str, float] = {"x": np.nan, "y": np.nan, "neighbours": -1}
@@ -58,41 +66,37 @@ class BlockReader:
         self._n_neighbours = manifest["n_neighbours"]
         self._context = remote_context(int(cache_bytes * (1 - sum(_SHARES.values()))))
         nnz = sum(record["nnz"] for record in self._records)
-        dtype = np.dtype(LAYOUTS[entry_layout(n_genes)].dtype)
+        self._dtype = np.dtype(LAYOUTS[entry_layout(n_genes)].dtype)
         self._cache_bytes = cache_bytes
         self._entries = EntryRing(
-            int(self.first_block[-1]), nnz, dtype, int(cache_bytes * _SHARES["entries"])
+            int(self.first_block[-1]), nnz, self._dtype, int(cache_bytes * _SHARES["entries"])
         )
         self._columns: dict[str, ColumnRing] = {}
         self._lock = threading.Lock()
         self._indexes: OrderedDict[int, SlideIndex] = OrderedDict()
 
-    def cells(
+    def entries(
         self,
         block: Int64[np.ndarray, " n"],
         place: Int64[np.ndarray, " n"],
         slide: Int[np.ndarray, " n"],
-        *,
-        keep: bool = True,
-    ) -> tuple[Int32[np.ndarray, " nnz"], Int32[np.ndarray, " nnz"], Int64[np.ndarray, " n_and_end"]]:
-        """Genes, counts and offsets of cells by block, place within it, and slide; see `Corpus.cells`."""
-        with self._lock:
-            slots = self._entries.find(block)
-            here = slots >= 0
-            found, lengths = self._entries.take(slots[here], place[here])
-        if not here.all():
-            # Read without the lock: what was found is copied already, so another thread may push it out.
-            missing, at = np.unique(block[~here], return_inverse=True)
-            read = self._read_entries(missing)
-            if keep:
-                with self._lock:
-                    self._entries.put(read)
-            found, lengths = _merge(found, lengths, here, read, at, place[~here])
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        genes, counts = unpack(found)
-        if self._overflows[slide].any():
-            self._restore_overflow(counts, offsets, block, place, slide)
-        return genes, counts, offsets
+    ) -> tuple[UInt[np.ndarray, " nnz"], Int64[np.ndarray, " n_and_end"]]:
+        """Entries and offsets of cells by block, place within it, and slide."""
+        read: list[Blocks] = []
+        while True:
+            with self._lock:
+                sources: list[EntryRing | Blocks] = [self._entries, *read]
+                found = [source.find(block) for source in sources]
+                missing = np.max(found, axis=0) < 0
+                if not missing.any():
+                    views = _first_found(sources, found, place)
+                    # The ring may overwrite them as soon as the lock is free.
+                    entries, offsets = join(views, self._dtype)
+                    break
+            read.append(self.read(np.unique(block[missing])))
+            with self._lock:
+                self._entries.put(read[-1])
+        return self.restored(entries, offsets, block, place, slide), offsets
 
     def rows(
         self, name: str, block: Int64[np.ndarray, " n"], place: Int64[np.ndarray, " n"]
@@ -169,9 +173,9 @@ class BlockReader:
         start = numbers[first] - self.first_block[slides]
         return bounds, list(zip(slides.tolist(), start.tolist(), (start + np.diff(bounds)).tolist()))
 
-    def _read_entries(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
+    def read(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
         """Read blocks, given ascending, in one batch: a request an array for each run of blocks."""
-        _, found = self._runs(numbers)
+        bounds, found = self._runs(numbers)
         indexes = self.indexes(sorted({slide for slide, _, _ in found}))
         reads = []
         with ts.Batch() as batch:
@@ -182,16 +186,18 @@ class BlockReader:
                 arrays = index.arrays
                 nnz_read = arrays["nnz"][cells].read(batch=batch)
                 reads.append((arrays, nnz_read, arrays["entries"][values].read(batch=batch)))
-        length = np.zeros(len(numbers) * BLOCK, np.int64)
+        length = np.zeros((len(numbers), BLOCK), np.int64)
         entries: list[np.ndarray] = []
-        filled = 0
-        for (arrays, nnz_read, entry_read), (_, start, stop) in zip(reads, found, strict=True):
+        for (arrays, nnz_read, entry_read), first in zip(reads, bounds[:-1].tolist(), strict=True):
             nnz = arrays.result("nnz", nnz_read)
-            length[filled : filled + len(nnz)] = nnz
-            filled += (stop - start) * BLOCK
+            length[first:].reshape(-1)[: len(nnz)] = nnz
             entries.append(arrays.result("entries", entry_read))
-        ends = np.cumsum(length).reshape(-1, BLOCK)
-        return Blocks(numbers, np.concatenate([ends[:, :1] - length[::BLOCK, None], ends], axis=1), entries)
+        part = np.repeat(np.arange(len(found)), np.diff(bounds))
+        ends = length.cumsum(1)
+        # Where each block begins within its part.
+        before = np.cumsum(ends[:, -1]) - ends[:, -1]
+        before -= before[bounds[:-1]][part]
+        return Blocks(numbers, part, np.pad(ends, ((0, 0), (1, 0))) + before[:, None], entries)
 
     def _read_column(
         self, name: str, numbers: Int64[np.ndarray, " blocks"], like: Shaped[np.ndarray, "n ..."]
@@ -214,54 +220,66 @@ class BlockReader:
             flat[: len(rows)] = rows
         return values
 
-    def _restore_overflow(
+    def restored(
         self,
-        counts: Int32[np.ndarray, " nnz"],
+        entries: UInt[np.ndarray, " nnz"],
         offsets: Int64[np.ndarray, " n_and_end"],
         block: Int64[np.ndarray, " n"],
         place: Int64[np.ndarray, " n"],
         slide: Int[np.ndarray, " n"],
-    ) -> None:
-        """Put back the counts that did not fit 16 bits."""
-        large = np.flatnonzero(counts == 65_535)
+    ) -> UInt[np.ndarray, " nnz"]:
+        """Entries with the counts put back that did not fit; these make all of them wide."""
+        if not self._overflows[slide].any():
+            return entries
+        counts = unpack_counts(entries)
+        large = np.flatnonzero(counts == LARGEST_NARROW)
+        if not len(large):
+            return entries
         cell = np.searchsorted(offsets, large, side="right") - 1
+        full = counts[large].astype(np.uint64)
         for number in np.unique(slide[cell]):
-            here = slide[cell] == number
+            here = np.flatnonzero(slide[cell] == number)
             index, at = self.index(int(number)), cell[here]
             start = block[at] - self.first_block[number]
-            rows = start * BLOCK
-            nnz = index.arrays["nnz"]
-            before = [
-                int(index.arrays.result("nnz", nnz[a : a + p].read()).sum(dtype=np.int64)) if p else 0
-                for a, p in zip(rows.tolist(), place[at].tolist())
-            ]
-            position = index.block_starts[start] + np.array(before, np.int64) + large[here] - offsets[at]
-            counts[large[here]] = index.overflow_count[np.searchsorted(index.overflow_position, position)]
+            before = [self._entries_before(index, a, p) for a, p in zip(start.tolist(), place[at].tolist())]
+            position = np.array(before) + large[here] - offsets[at]
+            full[here] = index.overflow_count[np.searchsorted(index.overflow_position, position)]
+        wide = widened(entries, np.dtype(np.uint64))
+        wide[large] = (wide[large] & np.uint64(LARGEST_NARROW)) | full << np.uint64(32)
+        return wide
+
+    def _entries_before(self, index: SlideIndex, block: int, place: int) -> int:
+        """Non-zeros of the slide before a cell."""
+        start = int(index.block_starts[block])
+        if place:
+            nnz = index.arrays["nnz"][block * BLOCK : block * BLOCK + place].read()
+            start += int(index.arrays.result("nnz", nnz).sum(dtype=np.int64))
+        return start
 
 
-def _merge(
-    found: UInt[np.ndarray, " m"],
-    lengths: Int64[np.ndarray, " n_found"],
-    here: Shaped[np.ndarray, " n"],
-    read: Blocks,
-    at: Int64[np.ndarray, " n_read"],
-    place: Int64[np.ndarray, " n_read"],
-) -> tuple[UInt[np.ndarray, " nnz"], Int64[np.ndarray, " n"]]:
-    """Entries of cells that were in memory and of those that were read, in the order of the request."""
-    entries = np.concatenate(read.entries)
-    starts, stops = read.starts[at, place], read.starts[at, place + 1]
-    if not here.any():
-        return np.concatenate(gather(entries, starts, stops)), stops - starts
-    ranges = np.empty(len(here), object)
-    ends = np.cumsum(lengths)
-    ranges[here] = _objects(gather(found, ends - lengths, ends))
-    ranges[~here] = _objects(gather(entries, starts, stops))
-    merged = np.empty(len(here), np.int64)
-    merged[here], merged[~here] = lengths, stops - starts
-    return np.concatenate(ranges.tolist()), merged
+def join(
+    views: list[UInt[np.ndarray, " nnz"]], dtype: np.dtype
+) -> tuple[UInt[np.ndarray, " total"], Int64[np.ndarray, " n_and_end"]]:
+    """Copy the entries of cells behind one another; return them and where each cell begins.
+
+    It copies a cell at a time, three to four times as fast as taking entries by their places at 800 a cell.
+    """
+    offsets = np.zeros(len(views) + 1, np.int64)
+    np.cumsum(list(map(len, views)), out=offsets[1:])
+    return np.concatenate(views) if views else np.empty(0, dtype), offsets
 
 
-def _objects(ranges: list[np.ndarray]) -> np.ndarray:
-    out = np.empty(len(ranges), object)
-    out[:] = ranges
-    return out
+def _first_found(
+    sources: Sequence[EntryRing | Blocks],
+    found: Sequence[Int[np.ndarray, " n"]],
+    place: Int64[np.ndarray, " n"],
+) -> list[UInt[np.ndarray, " nnz"]]:
+    """The entries of each cell from the first source that has its block."""
+    if (found[0] >= 0).all():
+        return sources[0].views(found[0], place)
+    views = np.empty(len(place), object)
+    for source, at in reversed(list(zip(sources, found, strict=True))):
+        here = at >= 0
+        for row, view in zip(np.flatnonzero(here).tolist(), source.views(at[here], place[here])):
+            views[row] = view
+    return views.tolist()

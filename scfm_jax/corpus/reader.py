@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped
+from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
 
-from scfm_jax.corpus.block_reader import BlockReader
+from scfm_jax.corpus.block_reader import BlockReader, join
 from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_manifest, sha256_bytes
 from scfm_jax.corpus.place import Place
-from scfm_jax.corpus.store import BLOCK
+from scfm_jax.corpus.store import BLOCK, unpack_counts, unpack_genes
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 
@@ -74,13 +74,47 @@ class Slide:
     median_total: float
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cells:
-    """Expressed genes of some cells: cell i has ``genes[offsets[i] : offsets[i + 1]]``, ascending."""
+    """Expressed genes of some cells: cell i has entries ``offsets[i]`` to ``offsets[i + 1]``.
 
-    genes: Int32[np.ndarray, " nnz"]
-    counts: Int32[np.ndarray, " nnz"]
+    Attributes
+    ----------
+    entries
+        Gene and count in one number, as they are stored (`scfm_jax.corpus.store`).
+    offsets
+        Where each cell begins, and the end.
+    """
+
+    entries: UInt[np.ndarray, " nnz"]
     offsets: Int64[np.ndarray, " n_and_end"]
+
+    @functools.cached_property
+    def genes(self) -> Int32[np.ndarray, " nnz"]:
+        """Vocabulary indices, ascending within a cell."""
+        return unpack_genes(self.entries)
+
+    @functools.cached_property
+    def counts(self) -> Int32[np.ndarray, " nnz"]:
+        """Raw counts."""
+        return unpack_counts(self.entries)
+
+
+class Pool:
+    """Cells whose blocks are decoded in memory; they are copied out in parts."""
+
+    def __init__(self, index: Int64[np.ndarray, " n"], blocks: BlockReader, located: tuple[Any, ...]) -> None:
+        self.index, self._blocks = index, blocks
+        self._block, self._place, self._slide = located
+        self._read = blocks.read(np.unique(self._block))
+        self._at = self._read.find(self._block)
+
+    def cells(self, start: int, stop: int) -> Cells:
+        """The cells ``index[start:stop]``."""
+        part = slice(start, stop)
+        block, place, slide = self._block[part], self._place[part], self._slide[part]
+        entries, offsets = join(self._read.views(self._at[part], place), np.dtype(np.uint32))
+        return Cells(self._blocks.restored(entries, offsets, block, place, slide), offsets)
 
 
 class Corpus:
@@ -181,15 +215,13 @@ class Corpus:
         """Return the number of each cell's slide."""
         return (np.searchsorted(self.slide_starts, self._checked(index), side="right") - 1).astype(np.int32)
 
-    def cells(self, index: Int[np.ndarray, " n"], *, keep: bool = True) -> Cells:
+    def cells(self, index: Int[np.ndarray, " n"]) -> Cells:
         """Read the expressed genes of cells.
 
         Parameters
         ----------
         index
             Cell numbers, in any order; repeats are allowed.
-        keep
-            Whether blocks that are read are kept in memory for other calls.
 
         Returns
         -------
@@ -201,7 +233,23 @@ class Corpus:
             A number outside the corpus.
         """
         index = self._checked(index)
-        return Cells(*self._blocks.cells(*self._located(index), keep=keep))
+        return Cells(*self._blocks.entries(*self._located(index)))
+
+    def pool(self, index: Int[np.ndarray, " n"]) -> Pool:
+        """Read the blocks of many cells at once, past the cache: for cells that are needed once.
+
+        Parameters
+        ----------
+        index
+            Cell numbers, in any order.
+
+        Raises
+        ------
+        IndexError
+            A number outside the corpus.
+        """
+        index = self._checked(index)
+        return Pool(index, self._blocks, self._located(index))
 
     def column(self, name: str, index: Int[np.ndarray, " n"] | None = None) -> Shaped[np.ndarray, " n"]:
         """Read a column of cells.

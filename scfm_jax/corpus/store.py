@@ -30,6 +30,7 @@ BLOCK = 64
 # What the counts of a cell are scaled to where technologies are compared (Nicheformer).
 SCALED_TOTAL = 10_000.0
 MOST_EXPRESSED = 65_535  # genes of a cell: what ``nnz`` holds
+LARGEST_NARROW = 65_535  # the largest count of an entry of 16 bits, which stands for the overflow table
 
 Codec: TypeAlias = Literal["lz4", "zstd"]
 _LEVELS = {"lz4": 5, "zstd": 5}
@@ -96,11 +97,27 @@ def pack(
     return entries, np.flatnonzero(np.asarray(counts) >= largest)
 
 
-def unpack(entries: UInt[np.ndarray, " m"]) -> tuple[Int32[np.ndarray, " m"], Int32[np.ndarray, " m"]]:
-    """Genes and counts of entries."""
-    half = entries.dtype.type(entries.dtype.itemsize * 4)
-    largest = entries.dtype.type((1 << int(half)) - 1)
-    return (entries & largest).astype(np.int32, copy=False), (entries >> half).astype(np.int32, copy=False)
+def unpack_genes(entries: UInt[np.ndarray, " m"]) -> Int32[np.ndarray, " m"]:
+    """Genes of entries."""
+    half = entries.itemsize * 4
+    return _as_int32(entries & entries.dtype.type((1 << half) - 1))
+
+
+def unpack_counts(entries: UInt[np.ndarray, " m"]) -> Int32[np.ndarray, " m"]:
+    """Counts of entries."""
+    return _as_int32(entries >> entries.dtype.type(entries.itemsize * 4))
+
+
+def widened(entries: UInt[np.ndarray, " m"], dtype: np.dtype) -> UInt[np.ndarray, " m"]:
+    """Entries with gene and count in the halves of ``dtype``."""
+    if entries.dtype == dtype:
+        return entries
+    genes, counts = (unpack(entries).astype(dtype) for unpack in (unpack_genes, unpack_counts))
+    return genes | counts << dtype.type(dtype.itemsize * 4)
+
+
+def _as_int32(values: UInt[np.ndarray, " m"]) -> Int32[np.ndarray, " m"]:
+    return values.view(np.int32) if values.itemsize == 4 else values.astype(np.int32)
 
 
 class ArrayWriter:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int64
 
-from scfm_jax.corpus import Corpus
+from scfm_jax.corpus import Cells, Corpus
+from scfm_jax.corpus.reader import Pool
+from scfm_jax.corpus.store import widened
 from scfm_jax.data.loader import block_numbers
 from scfm_jax.data.stream import ShardStreams
 from scfm_jax.errors import InputError
@@ -19,32 +21,18 @@ _WITHOUT_END = 1 << 40
 
 @dataclass(frozen=True)
 class CellBatch:
-    """Raw counts of some cells, as the rows of a CSR matrix.
+    """Raw counts of some cells.
 
     Attributes
     ----------
     index
         The cells' numbers in the corpus.
-    genes, counts
-        Vocabulary indices, ascending within a cell, and raw counts.
-    offsets
-        Cell i has ``offsets[i]`` to ``offsets[i + 1]``.
+    cells
+        Their genes and counts.
     """
 
     index: Int64[np.ndarray, " b"]
-    genes: Int32[np.ndarray, " nnz"]
-    counts: Int32[np.ndarray, " nnz"]
-    offsets: Int64[np.ndarray, " b_and_end"]
-
-    def rows(self, start: int, stop: int) -> CellBatch:
-        """Cells `start` to `stop` of it, without a copy of their counts."""
-        first, last = self.offsets[start], self.offsets[stop]
-        return CellBatch(
-            self.index[start:stop],
-            self.genes[first:last],
-            self.counts[first:last],
-            self.offsets[start : stop + 1] - first,
-        )
+    cells: Cells
 
 
 class CellBatches:
@@ -95,7 +83,8 @@ class CellBatches:
     def batch(self, step: int) -> CellBatch:
         """The batch of `step`."""
         start = step * self._batch_size
-        return self._read(self._streams.draw(self._shard, start, start + self._batch_size))
+        index = self._streams.draw(self._shard, start, start + self._batch_size)
+        return CellBatch(index, self._corpus.cells(index))
 
     def iterate(self, start: int = 0, stop: int = _WITHOUT_END) -> Iterator[CellBatch]:
         """Batches of steps `start` to `stop`, from pools that are read ahead (Grain: an element a pool)."""
@@ -110,29 +99,24 @@ class CellBatches:
             at, until = max(begin - position, 0), min(end - position, len(pool.index))
             while at < until:
                 taken = min(missing, until - at)
-                parts.append(pool.rows(at, at + taken))
+                parts.append(CellBatch(pool.index[at : at + taken], pool.cells(at, at + taken)))
                 at, missing = at + taken, missing - taken
                 if not missing:
                     yield _join(parts)
                     parts, missing = [], self._batch_size
 
-    def _read_pool(self, number: int) -> tuple[CellBatch, int]:
+    def _read_pool(self, number: int) -> tuple[Pool, int]:
         cells, first = self._streams.pool(self._shard, number)
-        return self._read(cells), first
-
-    def _read(self, cells: Int64[np.ndarray, " n"]) -> CellBatch:
-        # A pool's blocks are read once an epoch: to keep them would cost a copy and bring nothing.
-        rows = self._corpus.cells(cells, keep=False)
-        return CellBatch(cells, rows.genes, rows.counts, rows.offsets)
+        return self._corpus.pool(cells), first
 
 
 def _join(parts: list[CellBatch]) -> CellBatch:
     if len(parts) == 1:
         return parts[0]
-    ends = np.cumsum([0, *(part.offsets[-1] for part in parts)])
-    return CellBatch(
-        np.concatenate([part.index for part in parts]),
-        np.concatenate([part.genes for part in parts]),
-        np.concatenate([part.counts for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends))]),
-    )
+    ends = np.cumsum([0, *(part.cells.offsets[-1] for part in parts)])
+    offsets = [part.cells.offsets[:-1] + end for part, end in zip(parts, ends)]
+    # Entries are wide where counts are large: the others become so, gene and count apart.
+    dtype = np.result_type(*(part.cells.entries for part in parts))
+    entries = [widened(part.cells.entries, dtype) for part in parts]
+    cells = Cells(np.concatenate(entries), np.concatenate([*offsets, ends[-1:]]))
+    return CellBatch(np.concatenate([part.index for part in parts]), cells)
