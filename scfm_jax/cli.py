@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import json
 import os
 import sys
 import warnings
@@ -16,113 +15,10 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+from scfm_jax import corpus_verbs
+from scfm_jax.console import print_build, print_json
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.flags import GeneTables, Reading
-
-
-def corpus_build(
-    out: Positional[Path],
-    files: Positional[tuple[Path, ...]],
-    /,
-    reading: Annotated[Reading, arg(name="")],
-    tables: Annotated[GeneTables, arg(name="")],
-    vocabulary: Path | None = None,
-    min_counts: int = 1,
-    neighbours: int = 64,
-    json: bool = False,
-) -> None:
-    """Build a corpus from files of cells, or from one sources.toml that lists them.
-
-    Parameters
-    ----------
-    out
-        The new corpus, a folder.
-    files
-        Raw counts as .h5ad, .zarr (AnnData or SpatialData) or 10x .h5, or one sources.toml.
-    vocabulary
-        Genes to align to (.tsv, .csv, .json, or the var of an .h5ad). Built from the files if not given.
-    min_counts
-        Cells with fewer counts of vocabulary genes are dropped, and counted.
-    neighbours
-        Nearest neighbours to store for each cell.
-    json
-        Print the report as JSON.
-    """
-    from scfm_jax.console import Bar
-    from scfm_jax.corpus import Corpus, build_corpus, read_sources
-    from scfm_jax.genes import Vocabulary
-
-    if not files:
-        raise InputError("corpus build", "no file is given", "name files of cells or one sources.toml")
-    if [path.suffix for path in files] == [".toml"]:
-        sources = read_sources(files[0])
-    else:
-        sources = [reading.source(path) for path in files]
-    given = tables.read()
-    names = given["gene_names"]
-    chosen = Vocabulary.read(vocabulary, gene_names=names) if vocabulary else None
-    with Bar("building", quiet=json) as bar:
-        report = build_corpus(
-            out,
-            sources,
-            vocabulary=chosen,
-            min_counts=min_counts,
-            n_neighbours=neighbours,
-            progress=lambda what, done, total: bar.update(done, total, what),
-            **given,
-        )
-    if json:
-        print(_json(report))
-        return
-    _print_build(report)
-    corpus = Corpus.open(out)
-    print(
-        f"{corpus.n_cells:,} cells of {len(corpus.vocabulary):,} genes in {len(corpus.slides)} slides: {out}"
-    )
-
-
-def corpus_info(corpus: Positional[str], /, json: bool = False) -> None:
-    """Say what a corpus holds.
-
-    Parameters
-    ----------
-    corpus
-        A corpus.
-    json
-        Print JSON.
-    """
-    from scfm_jax.corpus import Corpus, corpus_info
-
-    info = corpus_info(Corpus.open(corpus))
-    if json:
-        print(_json(info))
-        return
-    slides = info.pop("slides")
-    for name, value in info.items():
-        print(
-            f"{name.replace('_', ' ')}: {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' ')}: {value}"
-        )
-    for slide in slides:
-        print("  " + "  ".join(f"{name}={value}" for name, value in slide.items()))
-
-
-def corpus_verify(corpus: Positional[str], /) -> int:
-    """Read every byte of a corpus against its checksums; exit 1 where something is damaged.
-
-    Parameters
-    ----------
-    corpus
-        A corpus.
-    """
-    from scfm_jax.corpus import verify_corpus
-
-    problems = verify_corpus(corpus)
-    for problem in problems:
-        print(problem)
-    print(f"{corpus}: " + (f"{len(problems)} problems" if problems else "whole"))
-    return 1 if problems else 0
 
 
 def train(
@@ -213,9 +109,9 @@ def embed(
             **tables.read(),
         )
     if json:
-        print(_json(record))
+        print_json(record)
         return
-    _print_build(record.pop("build"))
+    print_build(record.pop("build"))
     print(
         f"{record['cells_embedded']:,} cells embedded "
         f"({record['cells_without_counts']:,} without counts are NaN): "
@@ -332,9 +228,7 @@ def demo(out: Positional[Path | None] = None, /) -> None:
 
 _VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo,
-    "corpus build": corpus_build,
-    "corpus info": corpus_info,
-    "corpus verify": corpus_verify,
+    **corpus_verbs.VERBS,
     "train": train,
     "embed": embed,
     "import": import_weights,
@@ -402,33 +296,9 @@ def _cache_compilations() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(base) / "scfm_jax" / "xla"))
 
 
-def _print_build(report: dict[str, Any]) -> None:
-    for file in report["files"]:
-        genes, dropped = file["genes"], sum(file["dropped"].values())
-        excluded = ", ".join(f"{n:,} {kind}" for kind, n in file["excluded"].items())
-        outcomes = ", ".join(
-            f"{genes[f'n_{outcome}']:,} {outcome}"
-            for outcome in ("matched", "unmatched", "ambiguous", "merged", "displaced")
-        )
-        print(
-            f"{Path(file['path']).name}: {file['n_kept']:,} of {file['n_cells']:,} cells kept"
-            + (
-                f" ({', '.join(f'{n:,} {why}' for why, n in file['dropped'].items() if n)})"
-                if dropped
-                else ""
-            )
-            + f"; genes: {outcomes}; {genes['share_lost']:.1%} of counts lost"
-            + (f"; excluded features: {excluded}" if excluded else "")
-        )
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
     if issubclass(category, DataWarning):
         print(f"warning: {message}", file=sys.stderr)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -95,3 +97,29 @@ class TrainingBar(Bar):
         else:
             note = f"loss {row['loss']:.4f}{self._held_out}  {row['tokens_per_second']:,.0f} tokens/s"
             self.update(row["step"], self._steps, note)
+
+
+def print_build(report: dict[str, Any]) -> None:
+    """Say what became of each file of a build."""
+    for file in report["files"]:
+        genes, dropped = file["genes"], sum(file["dropped"].values())
+        excluded = ", ".join(f"{n:,} {kind}" for kind, n in file["excluded"].items())
+        outcomes = ", ".join(
+            f"{genes[f'n_{outcome}']:,} {outcome}"
+            for outcome in ("matched", "unmatched", "ambiguous", "merged", "displaced")
+        )
+        print(
+            f"{Path(file['path']).name}: {file['n_kept']:,} of {file['n_cells']:,} cells kept"
+            + (
+                f" ({', '.join(f'{n:,} {why}' for why, n in file['dropped'].items() if n)})"
+                if dropped
+                else ""
+            )
+            + f"; genes: {outcomes}; {genes['share_lost']:.1%} of counts lost"
+            + (f"; excluded features: {excluded}" if excluded else "")
+        )
+
+
+def print_json(value: Any) -> None:
+    """Print a report for machines."""
+    print(json.dumps(value, indent=2, default=str))

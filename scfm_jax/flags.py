@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from tyro.conf import arg
 
 from scfm_jax.errors import InputError
 
+_LARGE = 1 << 28
 Labels = Annotated[str, arg(metavar="COLUMN,...")]
 
 
@@ -93,3 +95,26 @@ class Reading:
             cells=None if self.cells is None else str(self.cells),
             name=self.name,
         )
+
+
+@dataclasses.dataclass
+class Workers:
+    """Who does the work."""
+
+    workers: int = 0
+    """Processes. If 0, one for each core where the files hold over 256 MiB, else one."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler whose workers share the work out (extra: dask)."""
+
+    def read(self, sources: Sequence[Any]) -> dict[str, Any]:
+        from scfm_jax.corpus.workers import n_cores
+
+        if self.workers < 0:
+            raise InputError("--workers", f"{self.workers} is no number of processes", "give 1 or more, or 0")
+        paths = [Path(source.path) for source in sources]
+        files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        return {
+            "workers": self.workers or (n_cores() if size > _LARGE else 1),
+            "scheduler": self.scheduler,
+        }

@@ -38,6 +38,8 @@ from scfm_jax.genes import Alignment, Orthologs, Vocabulary, align
 # Slides of one file are written together up to this many non-zeros, so that small ones share a pass over it.
 _ENTRIES_OF_A_JOB = 1 << 25
 
+_STARTED = f"{BUILDING}/started"
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -240,6 +242,7 @@ class _Work:
             _warn(report, outline.source.path, warned)
         with _keeping_finished(self._place):
             clear_scratch(self._place)
+            self._place.write(_STARTED, self.request.encode())
             owners, writes = self._writes(counted, workers == 1 and scheduler is None)
             written: dict[int, list[tuple[str, dict[str, Any]]]] = {}
             for number, slides in run_jobs(write_slides, writes, workers=workers, scheduler=scheduler):
@@ -317,7 +320,10 @@ def _report_of_request(place: Place, request: str) -> dict[str, Any] | None:
     """The report of the corpus, if it holds what is asked for."""
     history = read_manifest(place)["provenance"]["history"]
     asked = any(entry.get("request") == request for entry in history)
-    return Corpus.open(str(place), cache_bytes=0).report if asked else None
+    if not asked:
+        return None
+    place.delete(f"{BUILDING}/")  # what is left where it was killed at the very end
+    return Corpus.open(str(place), cache_bytes=0).report
 
 
 @contextlib.contextmanager

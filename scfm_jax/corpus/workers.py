@@ -12,6 +12,7 @@ from scfm_jax.errors import InputError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+_DASK_SECONDS = 10
 
 
 def n_cores() -> int:
@@ -73,7 +74,7 @@ def _run_on_dask(
             "--scheduler", "Dask is not installed", "install scfm_jax[dask], here and on the workers"
         ) from None
     try:
-        client = distributed.Client(scheduler, timeout=10, set_as_default=False)
+        client = distributed.Client(scheduler, timeout=_DASK_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(
             "--scheduler", f"no Dask scheduler at {scheduler} ({error})", "give its address"
@@ -84,7 +85,7 @@ def _run_on_dask(
             client.submit(function, job, pure=False, retries=0): number for number, job in enumerate(jobs)
         }
         try:
-            for future in distributed.as_completed(number_of):
+            for future in distributed.as_completed(number_of, loop=client.loop):
                 yield number_of[future], future.result()
         except BaseException:
             client.cancel(list(number_of))

@@ -37,8 +37,10 @@ def test_a_flipped_bit_anywhere_is_found_and_named(corpus_path):
         record["folder"]: record["name"]
         for record in json.loads((corpus_path / "manifest.json").read_bytes())["slides"]
     }
-    for path in files_of(corpus_path):
-        for at in rng.integers(0, path.stat().st_size, 3).tolist():
+    files = files_of(corpus_path)
+    assert 4 * len(files) >= 200
+    for path in files:
+        for at in rng.integers(0, path.stat().st_size, 4).tolist():
             before = flip(path, at)
             problems = verify_corpus(corpus_path)
             path.write_bytes(before)
@@ -74,6 +76,51 @@ def test_a_damaged_or_lost_chunk_is_an_error_when_it_is_read(corpus_path, array)
     shard.unlink()
     with pytest.raises(InputError, match=damaged):
         Corpus.open(corpus_path).cells(np.arange(300))
+
+
+def everything(path: Path) -> list[np.ndarray]:
+    """All that training and evaluation may read."""
+    corpus = Corpus.open(path)
+    index = np.arange(corpus.n_cells)
+    cells = corpus.cells(index)
+    columns = [
+        corpus.column(name) for name in ("x", "y", "total_matched", "total_raw", "source_row", "n_genes")
+    ]
+    return [
+        cells.genes,
+        cells.counts,
+        cells.offsets,
+        *columns,
+        corpus.column("x", index),
+        corpus.neighbours(index, corpus.n_neighbours),
+        corpus.labels("type")[0],
+        corpus.technology_means("sim"),
+    ]
+
+
+@pytest.mark.parametrize("change", ["flip", "truncate"])
+def test_damage_is_an_error_that_names_it_or_changes_nothing_that_is_read(corpus_path, change):
+    expected = everything(corpus_path)
+    rng, errors = np.random.default_rng(1), 0
+    shards = [path for path in files_of(corpus_path / "slides") if path.parent.name in ("c", "0")]
+    assert len(shards) >= 20
+    for number in range(200):
+        path = shards[number % len(shards)]
+        at = int(rng.integers(path.stat().st_size))
+        before = path.read_bytes()
+        flip(path, at) if change == "flip" else path.write_bytes(before[:at])
+        _, folder, array, *_ = path.relative_to(corpus_path).parts
+        slide = json.loads((corpus_path / "slides" / folder / "slide.json").read_bytes())
+        try:
+            found = everything(corpus_path)
+        except InputError as error:
+            errors += 1
+            assert slide["record"]["name"] in str(error) and array in str(error)
+        else:
+            for one, other in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(one, other)
+        path.write_bytes(before)
+    assert errors > 150
 
 
 def test_a_changed_manifest_does_not_open(corpus_path):
