@@ -24,6 +24,7 @@ from scfm_jax.models.tissue import TissueModel
 from scfm_jax.objectives.column_masking import column_masking_loss
 from scfm_jax.objectives.masked_genes import masked_genes_loss
 from scfm_jax.training.config import RunConfig
+from scfm_jax.training.hosts import greatest_of_hosts
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,13 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
         build=model_builder(run, len(corpus.vocabulary)),
         loss=_loss(run, corpus),
         loader=lambda cells, host: Loader(
-            corpus, cells, run.data, seed=run.seed, rates=objective.rates, host=host
+            corpus,
+            cells,
+            run.data,
+            seed=run.seed,
+            rates=objective.rates,
+            host=host,
+            exchange=greatest_of_hosts(),
         ),
         evaluation=lambda cells: evaluation_batches(
             corpus, cells, run.data, seed=run.seed, rates=objective.rates, draw=EVALUATION_STEP
