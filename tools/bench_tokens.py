@@ -5,8 +5,8 @@
 
 Both build a small corpus of random counts once, in ``--folder``. ``ranks``: cells a second from rows, held in
 memory, to masked sentences. ``tissue``: tokens a second through `Loader.batch`, where the corpus reads from
-its warm cache and where its answers are held; and of what the authors' code does with such cells, in plain NumPy: a
-dense row of all genes for each cell of a sample, of which the non-zero ones are gathered.
+its warm cache and where its answers are held; and of what the authors' code does with such cells, in plain
+NumPy: a dense row of all genes for each cell of a sample, of which the non-zero ones are gathered.
 """
 
 from __future__ import annotations

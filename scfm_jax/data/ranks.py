@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from scfm_jax.data.batch import Array, SentenceBatch
 from scfm_jax.data.masks import host_mask_bits, seed_words, under
 from scfm_jax.data.rank_order import falling_bits, order_rows
 from scfm_jax.data.technology_means import means_of_slide, usable_means
-from scfm_jax.data.threads import in_parts, pieces
+from scfm_jax.data.threads import equal_parts, in_parts
 from scfm_jax.data.tokens import EVALUATION_STEP, Ragged
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.reserved_tokens import (
@@ -253,7 +252,7 @@ class RankReader:
         niche = self._niche(cells, slides)
         # Rows of a part are about equally long and are as wide as the widest; what is beyond is not moved.
         order = np.argsort(own.present, kind="stable")
-        parts = np.array_split(order, pieces(int((n_context + own.present).sum())))
+        parts = [order[run] for run in equal_parts((n_context + own.present)[order])]
         widths = [
             n_context + sum(int(of.lengths[part].max(initial=0)) for of in (own, niche)) for part in parts
         ]
@@ -347,16 +346,17 @@ class RankReader:
         limit: int,
     ) -> _Ranking:
         """Genes of cells by value over technology mean, of which `limit` of a cell have room."""
-        means, row, falling = self.means.ravel(), self._row[slides], np.empty(len(genes), np.uint32)
+        means, row, present = self.means.ravel(), self._row[slides], np.diff(offsets)
+        # `order_rows` looks at as many values of each row as the longest has.
+        falling = np.zeros(len(genes) + int(present.max(initial=0)), np.uint32)
 
         def divide(cells: slice) -> None:
             span = slice(offsets[cells.start], offsets[cells.stop])
             mean = genes[span].astype(np.int64)
-            mean += np.repeat(row[cells] * self.n_genes, np.diff(offsets[cells.start : cells.stop + 1]))
+            mean += np.repeat(row[cells] * self.n_genes, present[cells])
             falling[span] = falling_bits(values[span].astype(np.float64) / means.take(mean))
 
-        cuts = np.searchsorted(offsets, np.linspace(0, len(genes), pieces(len(genes)) + 1)).tolist()
-        in_parts(divide, [slice(*cut) for cut in pairwise(cuts)])
+        in_parts(divide, equal_parts(present))
         return _Ranking(genes, falling, offsets, limit)
 
     def _niche(self, cells: Int64[np.ndarray, " n"], slides: Int[np.ndarray, " n"]) -> _Ranking:
@@ -416,7 +416,7 @@ def _places(
     bits = host_mask_bits(seed_words(seed), step, cells.astype(np.uint32), tokens)
     beyond = np.arange(tokens.shape[1], dtype=np.int32) >= ends[:, None].astype(np.int32)
     masked = under(bits, mask.rate) & maskable(tokens, beyond, context=mask.context)
-    number = np.count_nonzero(masked, axis=1)
     at = np.flatnonzero(masked)
+    number = np.diff(np.searchsorted(at, np.arange(len(cells) + 1) * tokens.shape[1]))
     at -= np.repeat(np.arange(len(cells)) * tokens.shape[1], number)
     return number, at.astype(np.int32)

@@ -7,7 +7,11 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Int64
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -28,9 +32,13 @@ def in_parts(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[
     return list(_pool().map(function, parts))
 
 
-def pieces(n_values: int) -> int:
-    """Parts to make of so many values: whole turns of the cores."""
-    return -(-max(n_values, 1) // (_PART * CORES)) * CORES
+def equal_parts(sizes: Int64[np.ndarray, " n"]) -> list[slice]:
+    """Runs of things of these sizes, of about equal size in all: whole turns of the cores."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    number = -(-max(total, 1) // (_PART * CORES)) * CORES
+    cuts = np.searchsorted(ends, np.linspace(0, total, number + 1)[1:-1]).tolist()
+    return [slice(start, stop) for start, stop in pairwise([0, *cuts, len(ends)]) if start < stop]
 
 
 @functools.cache

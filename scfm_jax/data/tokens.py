@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int32, Int64, UInt32
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, seed_words
-from scfm_jax.data.threads import in_parts, pieces
+from scfm_jax.data.threads import equal_parts, in_parts
 from scfm_jax.errors import InputError, check_least
 
 EVALUATION_STEP = 2**32 - 1
@@ -323,8 +323,8 @@ class SampleReader:
         parts = []
         for number in np.unique(panel):
             rows = np.flatnonzero(panel == number)
-            size = int(room[rows].sum()) + len(rows) * len(self._decoders[number][0])
-            parts += np.array_split(rows, min(pieces(size), len(rows)))
+            sizes = room[rows] + len(self._decoders[number][0])
+            parts += [rows[run] for run in equal_parts(sizes)]
         return parts
 
     def _counts(
