@@ -26,6 +26,7 @@ import scipy.sparse as sp
 import tyro
 
 from scfm_jax.corpus import Corpus, Source, build_corpus
+from scfm_jax.data.batch import Batch
 from scfm_jax.data.loader import DataConfig, Loader
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.ranks import RankConfig, TokenMask
@@ -124,12 +125,14 @@ def tissue(arguments: Arguments) -> dict[str, Any]:
         # New windows where the corpus reads, the same one where its answers are held.
         windows = itertools.repeat(0) if source is held else itertools.count()
 
-        def batches(loader: Loader = loader, windows: Iterator[int] = windows) -> int:
+        def batches(loader: Loader = loader, windows: Iterator[int] = windows) -> list[Batch]:
             loader._windows.clear()
             first = config.window * next(windows)
-            return sum(loader.batch(first + step).real[0] for step in range(config.window))
+            return [loader.batch(first + step) for step in range(config.window)]
 
-        result[name] = measured(name, "tokens", batches, lambda tokens: tokens, arguments.repeats)
+        result[name] = measured(
+            name, "tokens", batches, lambda found: sum(batch.real[0] for batch in found), arguments.repeats
+        )
     result["the authors' dense rows"] = measured(
         "the authors' dense rows",
         "tokens",
@@ -168,9 +171,10 @@ def measured(
     wall, core = [], []
     for _ in range(repeats):
         clock, processor = time.perf_counter(), time.process_time()
-        made = count(call())
-        wall.append(made / (time.perf_counter() - clock))
-        core.append(made / (time.process_time() - processor))
+        found = call()
+        seconds = time.perf_counter() - clock, time.process_time() - processor
+        wall.append(count(found) / seconds[0])
+        core.append(count(found) / seconds[1])
     for of, speeds in (("second", wall), ("core-second", core)):
         print(
             f"{name:<32}{unit + ' / ' + of:<24}"

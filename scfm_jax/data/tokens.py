@@ -305,16 +305,22 @@ class SampleReader:
         rows = self.corpus.cells(cells)
         lengths = np.diff(rows.offsets) + 2
         ends = np.cumsum(lengths)
-        depth = ends[:, None] + np.array([-2, -1])
-        expressed = np.ones(int(lengths.sum()), bool)
-        expressed[depth] = False
-        genes, counts = np.empty(len(expressed), np.int32), np.zeros(len(expressed), np.int32)
-        genes[depth] = self.n_genes, self.n_genes + 1
-        genes[expressed], counts[expressed] = rows.genes, rows.counts
-        slots = genes + np.repeat(
-            self._panel_of_slide[self.corpus.slide_of(cells)] * (self.n_genes + 2), lengths
-        )
-        return _CellTokens(ends - lengths, lengths, genes, counts, self._slot_tables.take(slots))
+        starts, total = ends - lengths, int(lengths.sum())
+        genes, counts, slots = np.empty(total, np.int32), np.zeros(total, np.int32), np.empty(total, np.int64)
+        table = self._panel_of_slide[self.corpus.slide_of(cells)] * (self.n_genes + 2)
+
+        def write(run: slice) -> None:
+            span = slice(int(starts[run.start]), int(ends[run.stop - 1]))
+            values = slice(int(rows.offsets[run.start]), int(rows.offsets[run.stop]))
+            depth = ends[run, None] - [2, 1]
+            genes[depth] = self.n_genes, self.n_genes + 1
+            expressed = np.ones(span.stop - span.start, bool)
+            expressed[depth - span.start] = False
+            genes[span][expressed], counts[span][expressed] = rows.genes[values], rows.counts[values]
+            slots[span] = self._slot_tables.take(genes[span] + np.repeat(table[run], lengths[run]))
+
+        in_parts(write, equal_parts(lengths))
+        return _CellTokens(starts, lengths, genes, counts, slots)
 
     def _parts(
         self, panel: Int64[np.ndarray, " n"], room: Int64[np.ndarray, " n"]

@@ -25,8 +25,9 @@ def wide(n: int) -> np.ndarray:
         [np.concatenate([[3e38, -3e38], -RANDOM.choice(NEAR, 510)]), np.array([])],
         [RANDOM.choice([1.0, 2.0, 0.5], n) for n in (300, 511, 512, 513)],
         [1 + RANDOM.random(n) * 1e-4 for n in (4_000, 3_999)] + [wide(4_096)],
+        [np.full(512, 1e-30), wide(512), np.full(512, 1e-30), wide(512), np.full(512, 1e-30)],
     ],
-    ids=["short", "negative", "near", "span", "both", "ties", "long"],
+    ids=["short", "negative", "near", "span", "both", "ties", "long", "borders"],
 )
 def test_rows_are_in_order_of_value_and_then_of_place(rows: list[np.ndarray]) -> None:
     lengths = np.array([len(row) for row in rows])
