@@ -33,10 +33,12 @@ def in_parts(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[
 
 
 def equal_parts(sizes: Int64[np.ndarray, " n"]) -> list[slice]:
-    """Runs of things of these sizes, of about equal size in all: whole turns of the cores."""
+    """Runs of things of these sizes, of about equal size in all; many are whole turns of the cores."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    number = -(-max(total, 1) // (_PART * CORES)) * CORES
+    turns = -(-total // (_PART * CORES)) * CORES
+    # Less than an eighth of a part is not worth a thread.
+    number = max(min(turns, -(-8 * total // _PART)), 1)
     cuts = np.searchsorted(ends, np.linspace(0, total, number + 1)[1:-1]).tolist()
     return [slice(start, stop) for start, stop in pairwise([0, *cuts, len(ends)]) if start < stop]
 
