@@ -70,6 +70,36 @@ def token_bits(
     return threefry2x32((sample[0][:, None], sample[1][:, None]), counter)
 
 
+def host_mask_bits(
+    seed: UInt32[np.ndarray, 2],
+    step: UInt32[np.ndarray, " n"],
+    cell: UInt32[np.ndarray, " n"],
+    gene: Integer[np.ndarray, "n g"],
+) -> UInt32[np.ndarray, "n g"]:
+    """`mask_bits` in less time, for NumPy alone: in place, and without what only the second word needs."""
+    key = [word[:, None] for word in threefry2x32((seed[:1], seed[1:]), (step, cell))]
+    schedule = (*key, key[0] ^ key[1] ^ _PARITY)
+    rotations = [rotation for group in range(5) for rotation in _ROTATIONS[group % 2]]
+    # Before the first round the second word is the same for all genes.
+    x0 = gene.astype(np.uint32)
+    x0 += key[0] + key[1]
+    x1 = x0 ^ (key[1] << np.uint32(rotations[0]) | key[1] >> np.uint32(32 - rotations[0]))
+    spare = np.empty_like(x0)
+    for done, rotation in enumerate(rotations[1:-1], 2):
+        x0 += x1
+        np.left_shift(x1, np.uint32(rotation), out=spare)
+        x1 >>= np.uint32(32 - rotation)
+        x1 |= spare
+        x1 ^= x0
+        group, within = divmod(done, 4)
+        if not within:
+            x0 += schedule[group % 3]
+            x1 += schedule[(group + 1) % 3] + np.uint32(group)
+    x0 += x1
+    x0 += schedule[5 % 3]
+    return x0
+
+
 def under(bits: UInt32[Words, "n g"], rate: float) -> Bool[Words, "n g"]:
     """Whether uniform bits fall under a rate: ``bits < rate * 2**32``."""
     return bits < np.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -7,14 +7,16 @@ from typing import Literal
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Bool, Float, Int, Int32, Int64
+from jaxtyping import Float, Int, Int32, Int64, UInt32
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.reader import Slide
 from scfm_jax.corpus.store import SCALED_TOTAL
 from scfm_jax.data.batch import Array, SentenceBatch
-from scfm_jax.data.masks import seed_words, token_bits, under
+from scfm_jax.data.masks import host_mask_bits, seed_words, under
+from scfm_jax.data.rank_order import falling_bits, order_rows
 from scfm_jax.data.technology_means import means_of_slide, usable_means
+from scfm_jax.data.threads import equal_parts, in_parts
 from scfm_jax.data.tokens import EVALUATION_STEP, Ragged
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.reserved_tokens import (
@@ -119,23 +121,6 @@ def maskable(tokens: Array, segments: Array, *, context: bool) -> Array:
     return (segments == 0) & ((tokens != _NEVER_MASKED) if context else (tokens >= FIRST_GENE))
 
 
-def rank_rows(
-    values: Float[np.ndarray, "n w"], genes: Int[np.ndarray, "n w"], real: Bool[np.ndarray, "n w"]
-) -> Int64[np.ndarray, "n w"]:
-    """Genes of each row by value, highest first, ties by index; what is not real comes last, as -1.
-
-    Values are compared in float32: one number holds value and gene, so that a row is sorted at once. Negative
-    values (the published means hold some) come after the positive ones.
-    """
-    bits = values.astype(np.float32).view(np.uint32)
-    # Bits of positive floats rise with the value, those of negative ones fall.
-    falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
-    key = falling.astype(np.uint64) << np.uint64(32) | genes.astype(np.uint64)
-    key = np.sort(np.where(real, key, np.uint64(2**64 - 1)), axis=1)
-    ranked = (key & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    return np.where(np.arange(values.shape[1]) < real.sum(1, keepdims=True), ranked, -1)
-
-
 @dataclass
 class Sentences:
     """Sentences before they are padded; the counterpart of `Samples`.
@@ -172,16 +157,24 @@ class Sentences:
 
 
 @dataclass
-class _Ranked:
-    """Tokens of genes in the order of their ranks: `lengths` of them for each cell, behind one another."""
+class _Ranking:
+    """Cells' genes and the numbers that they are ranked by, and how many of a cell's have room."""
 
-    tokens: Int32[np.ndarray, " total"]
-    lengths: Int64[np.ndarray, " n"]
-    cut: Int64[np.ndarray, " n"]
+    genes: Int[np.ndarray, " nnz"]
+    falling: UInt32[np.ndarray, " nnz"]
+    offsets: Int64[np.ndarray, " n_and_end"]
+    limit: int
 
-    def flat(self) -> tuple[Int64[np.ndarray, " total"], Int32[np.ndarray, " total"]]:
-        """The cell of each token, and the tokens."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths), self.tokens
+    def __post_init__(self) -> None:
+        self.present = np.diff(self.offsets)
+        self.lengths = np.minimum(self.present, self.limit)
+
+    def tokens(self, rows: Int64[np.ndarray, " m"]) -> Int32[np.ndarray, "m w"]:
+        """Tokens of chosen cells by rank; beyond a row's length they mean nothing."""
+        order = order_rows(self.falling, self.offsets[rows], self.present[rows])[:, : self.limit]
+        tokens = self.genes.take(order, mode="clip").astype(np.int32, copy=False)
+        tokens += FIRST_GENE
+        return tokens
 
 
 class RankReader:
@@ -199,9 +192,6 @@ class RankReader:
     InputError
         More neighbours than the corpus stores.
     """
-
-    # Values of a part that is sorted at once: what a core's cache holds.
-    _PART = 2**16
 
     def __init__(self, corpus: Corpus, config: RankConfig) -> None:
         if config.niche_neighbours > corpus.n_neighbours:
@@ -258,35 +248,54 @@ class RankReader:
         slides, n_context = self.corpus.slide_of(cells), len(self.config.context)
         self.know(np.unique(slides))
         rows = self.corpus.cells(cells)
-        own = self._ranked(rows.genes, rows.counts, rows.offsets, slides, self.config.length - n_context)
+        own = self._ranking(rows.genes, rows.counts, rows.offsets, slides, self.config.length - n_context)
         niche = self._niche(cells, slides)
-        parts = [
-            (np.repeat(np.arange(len(cells)), n_context), self._context[slides].ravel(), 0, 0),
-            (*own.flat(), n_context, 0),
-            (*niche.flat(), 0, 1),
+        # Rows of a part are about equally long and are as wide as the widest; what is beyond is not moved.
+        order = np.argsort(own.present, kind="stable")
+        parts = [order[run] for run in equal_parts((n_context + own.present)[order])]
+        widths = [
+            n_context + sum(int(of.lengths[part].max(initial=0)) for of in (own, niche)) for part in parts
         ]
-        lengths = n_context + own.lengths + niche.lengths
-        starts = np.cumsum(lengths) - lengths
-        columns = {
-            name: np.empty(int(lengths.sum()), np.int32) for name in ("tokens", "positions", "segments")
-        }
-        before = np.zeros(len(cells), np.int64)
-        for (sample, tokens, first, segment), count in zip(
-            parts, (np.full(len(cells), n_context), own.lengths, niche.lengths), strict=True
-        ):
-            within = np.arange(len(sample)) - np.repeat(np.cumsum(count) - count, count)
-            at = starts[sample] + before[sample] + within
-            columns["tokens"][at], columns["segments"][at] = tokens, segment
-            columns["positions"][at] = within + first
-            before += count
-        tokens = Ragged(starts, lengths, columns)
+        ends = np.cumsum([len(part) * width for part, width in zip(parts, widths, strict=True)])
+        starts = np.zeros(len(cells), np.int64)
+        tokens, positions = (np.empty(ends[-1], np.int32) for _ in range(2))
+        segments = np.zeros(ends[-1], np.int32)
+
+        def write(number: int) -> tuple[np.ndarray, np.ndarray]:
+            part, width, end = parts[number], widths[number], ends[number]
+            span = slice(end - len(part) * width, end)
+            starts[part] = np.arange(span.start, span.stop, width) if width else 0
+            token, position, segment = (
+                column[span].reshape(len(part), width) for column in (tokens, positions, segments)
+            )
+            ranked, near = own.tokens(part), niche.tokens(part)
+            sentence = token[:, : n_context + ranked.shape[1]]
+            sentence[:, :n_context], sentence[:, n_context:] = self._context[slides[part]], ranked
+            position[:] = np.arange(width)
+            masked = _places(sentence, n_context + own.lengths[part], cells[part], draw, seed, rates)
+            if near.shape[1]:
+                within = np.arange(near.shape[1])
+                at = n_context + own.lengths[part][:, None] + within
+                for block, values in ((token, near), (position, within[None]), (segment, np.ones((1, 1)))):
+                    np.put_along_axis(block, at, values, axis=1)
+            return masked
+
+        masked = in_parts(write, range(len(parts)))
+        number = np.zeros(len(cells), np.int64)
+        number[order] = np.concatenate([of_row for of_row, _ in masked])
+        first_place = np.zeros(len(cells), np.int64)
+        first_place[order] = np.cumsum(number[order]) - number[order]
         return Sentences(
-            tokens=tokens,
-            places=self._places(tokens, cells, draw, seed, rates),
+            tokens=Ragged(
+                starts,
+                n_context + own.lengths + niche.lengths,
+                {"tokens": tokens, "positions": positions, "segments": segments},
+            ),
+            places=Ragged(first_place, number, {"places": np.concatenate([places for _, places in masked])}),
             panel=np.zeros(len(cells), np.int64),
             index=cells,
             draw=draw,
-            cut=np.stack([own.cut, niche.cut], axis=1),
+            cut=np.stack([of.present - of.lengths for of in (own, niche)], axis=1),
         )
 
     def know(self, slides: Int[np.ndarray, " n"]) -> None:
@@ -328,45 +337,34 @@ class RankReader:
             tokens.append(table[said.lower()])
         return tokens
 
-    def _ranked(
+    def _ranking(
         self,
         genes: Int[np.ndarray, " nnz"],
         values: Float[np.ndarray, " nnz"] | Int[np.ndarray, " nnz"],
         offsets: Int64[np.ndarray, " n_and_end"],
         slides: Int[np.ndarray, " n"],
         limit: int,
-    ) -> _Ranked:
-        """Tokens by value over technology mean, highest first, at most `limit` of each cell."""
-        present = np.diff(offsets)
-        lengths = np.minimum(present, limit)
-        starts = np.cumsum(lengths) - lengths
-        tokens = np.empty(int(lengths.sum()), np.int32)
-        for rows in self._parts(present):
-            real = np.arange(present[rows].max()) < present[rows, None]
-            at = np.where(real, offsets[rows, None] + np.arange(real.shape[1]), 0)
-            gene = genes[at]
-            value = values[at] / self.means[self._row[slides[rows]][:, None], gene]
-            ranked = rank_rows(value, gene, real)[:, :limit]
-            kept = ranked >= 0
-            to = starts[rows, None] + np.arange(ranked.shape[1])
-            tokens[to[kept]] = ranked[kept] + FIRST_GENE
-        return _Ranked(tokens, lengths, present - lengths)
+    ) -> _Ranking:
+        """Genes of cells by value over technology mean, of which `limit` of a cell have room."""
+        means, row, present = self.means.ravel(), self._row[slides], np.diff(offsets)
+        # `order_rows` looks at as many values of each row as the longest has.
+        falling = np.zeros(len(genes) + int(present.max(initial=0)), np.uint32)
 
-    def _parts(self, lengths: Int64[np.ndarray, " n"]) -> list[Int64[np.ndarray, " m"]]:
-        """Rows of about equal length, so many that a part fits a cache; rows of length 0 are in none."""
-        order = np.argsort(lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        if not len(order):
-            return []
-        pieces = -(-int(lengths[order].sum()) // self._PART)
-        return np.array_split(order, max(pieces, 1))
+        def divide(cells: slice) -> None:
+            span = slice(offsets[cells.start], offsets[cells.stop])
+            mean = genes[span].astype(np.int64)
+            mean += np.repeat(row[cells] * self.n_genes, present[cells])
+            falling[span] = falling_bits(values[span].astype(np.float64) / means.take(mean))
 
-    def _niche(self, cells: Int64[np.ndarray, " n"], slides: Int[np.ndarray, " n"]) -> _Ranked:
+        in_parts(divide, equal_parts(present))
+        return _Ranking(genes, falling, offsets, limit)
+
+    def _niche(self, cells: Int64[np.ndarray, " n"], slides: Int[np.ndarray, " n"]) -> _Ranking:
         """The mean of the neighbours' scaled counts, ranked; nothing for cells without neighbours."""
         k = self.config.niche_neighbours
         if not k:
-            nothing = np.zeros(len(cells), np.int64)
-            return _Ranked(np.zeros(0, np.int32), nothing, nothing)
+            nothing = np.zeros(0, np.uint32)
+            return _Ranking(nothing, nothing, np.zeros(len(cells) + 1, np.int64), 0)
         near = self.corpus.neighbours(cells, k)
         if self.config.niche_radius is not None:
             unknown = slides[self._spatial[slides] & np.isnan(self._um[slides])]
@@ -398,28 +396,27 @@ class RankReader:
         )
         mean = sp.csr_array(average @ scaled)
         mean.sort_indices()
-        return self._ranked(
+        return self._ranking(
             mean.indices, mean.data, mean.indptr.astype(np.int64), slides, self.config.niche_length
         )
 
-    def _places(
-        self, tokens: Ragged, cells: Int64[np.ndarray, " n"], draw: int, seed: int, mask: TokenMask | None
-    ) -> Ragged:
-        """Places of the tokens that are masked."""
-        number = np.zeros(len(cells), np.int64)
-        found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        if mask is None:
-            return Ragged(number, number, {"places": np.zeros(0, np.int32)})
-        for rows in self._parts(tokens.lengths):
-            length = int(tokens.lengths[rows].max())
-            part = tokens.pad(rows, length, {"tokens": PAD, "positions": 0, "segments": 1})
-            step = np.full(len(rows), draw, np.uint32)
-            bits, _ = token_bits(seed_words(seed), step, cells[rows].astype(np.uint32), part["tokens"])
-            masked = under(bits, mask.rate) & maskable(part["tokens"], part["segments"], context=mask.context)
-            number[rows] = masked.sum(1)
-            row, place = np.nonzero(masked)
-            found.append((rows[row], place, masked.cumsum(1)[row, place] - 1))
-        starts, places = np.cumsum(number) - number, np.empty(int(number.sum()), np.int32)
-        for row, place, within in found:
-            places[starts[row] + within] = place
-        return Ragged(starts, number, {"places": places})
+
+def _places(
+    tokens: Int32[np.ndarray, "m w"],
+    ends: Int64[np.ndarray, " m"],
+    cells: Int64[np.ndarray, " m"],
+    draw: int,
+    seed: int,
+    mask: TokenMask | None,
+) -> tuple[Int64[np.ndarray, " m"], Int32[np.ndarray, " masked"]]:
+    """How many tokens of each row are masked, and their places; a row's tokens stop at its end."""
+    if mask is None:
+        return np.zeros(len(cells), np.int64), np.zeros(0, np.int32)
+    step = np.full(len(cells), draw, np.uint32)
+    bits = host_mask_bits(seed_words(seed), step, cells.astype(np.uint32), tokens)
+    beyond = np.arange(tokens.shape[1], dtype=np.int32) >= ends[:, None].astype(np.int32)
+    masked = under(bits, mask.rate) & maskable(tokens, beyond, context=mask.context)
+    at = np.flatnonzero(masked)
+    number = np.diff(np.searchsorted(at, np.arange(len(cells) + 1) * tokens.shape[1]))
+    at -= np.repeat(np.arange(len(cells)) * tokens.shape[1], number)
+    return number, at.astype(np.int32)

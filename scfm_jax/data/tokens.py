@@ -10,7 +10,8 @@ from jaxtyping import Float32, Int32, Int64, UInt32
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
-from scfm_jax.data.masks import MaskRates, column_mask, mask_bits, seed_words
+from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, seed_words
+from scfm_jax.data.threads import equal_parts, in_parts
 from scfm_jax.errors import InputError, check_least
 
 EVALUATION_STEP = 2**32 - 1
@@ -53,13 +54,25 @@ class SampleConfig:
         return SampleReader(corpus, self)
 
 
+def _runs(starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " total"]:
+    """Indices of runs of values, run behind run."""
+    at = np.arange(lengths.sum())
+    at += np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+    return at
+
+
 @dataclass
 class Ragged:
-    """Rows of different lengths behind one another in flat columns."""
+    """Rows of different lengths in flat columns, in any order; what lies between rows means nothing."""
 
     starts: Int64[np.ndarray, " n"]
     lengths: Int64[np.ndarray, " n"]
     columns: dict[str, Int32[np.ndarray, " total"]]
+
+    def flat(self) -> tuple[Int64[np.ndarray, " real"], dict[str, Int32[np.ndarray, " real"]]]:
+        """The row of each value, and the columns, row behind row with nothing between."""
+        row, at = np.repeat(np.arange(len(self.lengths)), self.lengths), _runs(self.starts, self.lengths)
+        return row, {name: column[at] for name, column in self.columns.items()}
 
     def pad(self, rows: Int64[np.ndarray, " b"], width: int, fill: dict[str, int]) -> dict[str, np.ndarray]:
         """Chosen rows as arrays [b, width], each column padded with its `fill`.
@@ -71,13 +84,16 @@ class Ragged:
         """
         if self.lengths[rows].max() > width:
             raise ValueError(f"{self.lengths[rows].max()} values do not fit a width of {width}")
-        steps = np.arange(width)
-        real = steps < self.lengths[rows, None]
-        source = np.where(real, self.starts[rows, None] + steps, 0)
-        return {
-            name: np.where(real, column[source] if len(column) else 0, fill[name]).astype(np.int32)
-            for name, column in self.columns.items()
-        }
+        padded = {name: np.empty((len(rows), width), np.int32) for name in self.columns}
+        spans = [
+            (start, start + length)
+            for start, length in zip(self.starts[rows].tolist(), self.lengths[rows].tolist())
+        ]
+        for name, column in self.columns.items():
+            for row, (start, stop) in zip(padded[name], spans, strict=True):
+                row[: stop - start] = column[start:stop]
+                row[stop - start :] = fill[name]
+        return padded
 
 
 @dataclass
@@ -123,6 +139,20 @@ class Samples:
         )
 
 
+@dataclass
+class _CellTokens:
+    """Tokens of distinct cells, behind one another: expressed genes and two depth tokens each.
+
+    `slots` are places in the list of genes that the cell's slide decodes.
+    """
+
+    starts: Int64[np.ndarray, " n"]
+    lengths: Int64[np.ndarray, " n"]
+    genes: Int32[np.ndarray, " total"]
+    counts: Int32[np.ndarray, " total"]
+    slots: Int64[np.ndarray, " total"]
+
+
 class SampleReader:
     """Reads centres and their neighbours from a corpus as `Samples`.
 
@@ -163,7 +193,9 @@ class SampleReader:
                 self._panels.append(content)
             self._panel_of_slide[place] = panel
         self._decoders = [self._decoder_list(panel) for panel in self._panels]
-        self._slot_tables = [self._slot_table(genes) for genes, _ in self._decoders]
+        self._slot_tables = np.full((len(self._panels), self.n_genes + 2), -1, np.int64)
+        for table, (genes, _) in zip(self._slot_tables, self._decoders, strict=True):
+            table[genes] = np.arange(len(genes))
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -201,94 +233,115 @@ class SampleReader:
         unique, inverse = np.unique(members[present], return_inverse=True)
         where = np.zeros(members.shape, np.int64)
         where[present] = inverse
-        sample, cell = np.nonzero(present)
-        tokens = self._cell_tokens(unique, inverse, sample, cell)
-        index, steps = centres.astype(np.uint32), np.full(n, draw, np.uint32)
         slides = corpus.slide_of(centres)
-        decoder, masked_tokens = self._decode_places(tokens, slides, index, steps, seed, rates)
-        kept = {name: column[~masked_tokens] for name, column in tokens.items()}
-        lengths = np.bincount(kept.pop("sample"), minlength=n)
+        cells = self._cell_tokens(unique)
+        index = centres.astype(np.uint32)
+        panel = self._panel_of_slide[slides]
+        room = np.where(present, cells.lengths[where], 0).sum(1)
+        parts = self._parts(panel, room)
+        ends = np.cumsum([room[part].sum() for part in parts])
+        columns = {name: np.empty(ends[-1], np.int32) for name in ("genes", "counts", "cells", "slots")}
+        starts, lengths, decoded = (np.zeros(n, np.int64) for _ in range(3))
+
+        def write(number: int) -> tuple[np.ndarray, np.ndarray]:
+            """Tokens and decoded genes of a part's samples."""
+            part, start = parts[number], ends[number] - room[parts[number]].sum()
+            listed, unmeasured = self._decoders[panel[part[0]]]
+            table = self._counts(cells, where[part, 0], unmeasured)
+            masked = np.zeros(table.shape, bool)
+            if rates is not None:
+                step = np.full(len(part), draw, np.uint32)
+                bits = host_mask_bits(
+                    seed_words(seed), step, index[part], np.broadcast_to(listed, table.shape)
+                )
+                masked = column_mask(bits, table, rates)
+            row, cell = np.nonzero(present[part])
+            member = where[part][row, cell]
+            at = _runs(cells.starts[member], cells.lengths[member])
+            place = cells.slots.take(at)
+            place += np.repeat(np.arange(0, table.size, len(listed)), room[part])
+            survivors = np.flatnonzero(~masked.take(place))
+            at = at.take(survivors)
+            number_of = np.diff(np.searchsorted(survivors, np.cumsum(cells.lengths[member])), prepend=0)
+            lengths[part] = np.bincount(row, number_of, len(part))
+            starts[part] = start + np.cumsum(lengths[part]) - lengths[part]
+            span = slice(start, start + len(at))
+            np.take(cells.genes, at, out=columns["genes"][span], mode="clip")
+            np.take(cells.counts, at, out=columns["counts"][span], mode="clip")
+            columns["cells"][span] = np.repeat(cell.astype(np.int32), number_of)
+            if self.config.decoder == "vocabulary" or len(listed) <= self.config.panel_limit:
+                columns["slots"][span] = cells.slots.take(at)
+                decoded[part] = len(listed)
+                return np.tile(listed, len(part)), table.ravel()
+            keep = (table != 0) | masked
+            decoded[part] = np.count_nonzero(keep, axis=1)
+            kept = np.flatnonzero(keep)
+            slots = np.full(table.size, -1, np.int32)
+            slots[kept] = _runs(np.zeros(len(part), np.int64), decoded[part])
+            columns["slots"][span] = slots.take(place.take(survivors))
+            return listed.take(kept % len(listed)), table.take(kept)
+
+        lists = in_parts(write, range(len(parts)))
+        order = np.concatenate(parts)
+        first_decoded = np.zeros(n, np.int64)
+        first_decoded[order] = np.cumsum(decoded[order]) - decoded[order]
         totals = np.where(present, corpus.column("total_matched", unique)[where], 0).astype(np.int32)
         return Samples(
-            tokens=Ragged(np.cumsum(lengths) - lengths, lengths, kept),
-            decoder=decoder,
-            panel=self._panel_of_slide[slides],
+            tokens=Ragged(starts, lengths, columns),
+            decoder=Ragged(
+                first_decoded,
+                decoded,
+                {name: np.concatenate(of) for name, of in zip(("genes", "counts"), zip(*lists), strict=True)},
+            ),
+            panel=panel,
             totals=totals,
             offsets=self._offsets(unique, where, present, slides),
             target_sum=self._median_total[slides],
             index=index,
-            draw=steps,
+            draw=np.full(n, draw, np.uint32),
         )
 
-    def _cell_tokens(
-        self, unique: np.ndarray, inverse: np.ndarray, sample: np.ndarray, cell: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """The expressed genes and two depth tokens of every cell of every sample, in that order."""
-        rows = self.corpus.cells(unique)
-        expressed = np.diff(rows.offsets)[inverse]
-        ends = np.cumsum(expressed + 2)
-        starts = ends - expressed - 2
-        total = int(ends[-1]) if len(ends) else 0
-        of_cell = np.repeat(np.arange(len(inverse)), expressed + 2)
-        within = np.arange(total) - starts[of_cell]
-        beyond = within - expressed[of_cell]
-        is_gene = beyond < 0
-        source = (rows.offsets[inverse][of_cell] + within)[is_gene]
-        genes, counts = (self.n_genes + beyond).astype(np.int32), np.zeros(total, np.int32)
-        genes[is_gene], counts[is_gene] = rows.genes[source], rows.counts[source]
-        return {
-            "genes": genes,
-            "counts": counts,
-            "cells": cell[of_cell].astype(np.int32),
-            "sample": sample[of_cell],
-        }
+    def _cell_tokens(self, cells: Int64[np.ndarray, " n"]) -> _CellTokens:
+        rows = self.corpus.cells(cells)
+        lengths = np.diff(rows.offsets) + 2
+        ends = np.cumsum(lengths)
+        starts, total = ends - lengths, int(lengths.sum())
+        genes, counts, slots = np.empty(total, np.int32), np.zeros(total, np.int32), np.empty(total, np.int64)
+        table = self._panel_of_slide[self.corpus.slide_of(cells)] * (self.n_genes + 2)
 
-    def _decode_places(
-        self,
-        tokens: dict[str, np.ndarray],
-        slides: np.ndarray,
-        index: np.ndarray,
-        steps: np.ndarray,
-        seed: int,
-        rates: MaskRates | None,
-    ) -> tuple[Ragged, np.ndarray]:
-        """What each sample decodes; adds the column of slots to `tokens` and says which tokens are masked."""
-        panel_of_sample = self._panel_of_slide[slides]
-        starts, lengths = (np.zeros(len(slides), np.int64) for _ in range(2))
-        genes, counts, filled = [], [], 0
-        slots = np.full(len(tokens["genes"]), -1, np.int32)
-        masked_tokens = np.zeros(len(slots), bool)
-        for panel in np.unique(panel_of_sample):
-            rows = np.flatnonzero(panel_of_sample == panel)
-            listed, unmeasured = self._decoders[panel]
-            row_of_sample = np.full(len(slides), -1)
-            row_of_sample[rows] = np.arange(len(rows))
-            here = np.flatnonzero(row_of_sample[tokens["sample"]] >= 0)
-            row, slot = row_of_sample[tokens["sample"][here]], self._slot_tables[panel][tokens["genes"][here]]
-            own = (tokens["cells"][here] == 0) & (tokens["genes"][here] < self.n_genes)
-            table = np.tile(unmeasured, (len(rows), 1))
-            table[row[own], slot[own]] = tokens["counts"][here][own]
-            masked = np.zeros(table.shape, bool)
-            if rates is not None:
-                # In parts that a core's cache holds: a whole transcriptome takes a quarter of the time.
-                for part in np.array_split(np.arange(len(rows)), -(-table.size // 2**16)):
-                    here_genes = np.broadcast_to(listed, table[part].shape)
-                    bits = mask_bits(seed_words(seed), steps[rows[part]], index[rows[part]], here_genes)
-                    masked[part] = column_mask(bits, table[part], rates)
-            masked_tokens[here] = masked[row, slot]
-            keep = np.ones(table.shape, bool)
-            if self.config.decoder == "panel" and len(listed) > self.config.panel_limit:
-                keep = (table != 0) | masked
-                slot = np.where(keep, np.cumsum(keep, axis=1) - 1, -1)[row, slot]
-            slots[here] = slot
-            lengths[rows] = keep.sum(1)
-            starts[rows] = filled + np.cumsum(lengths[rows]) - lengths[rows]
-            filled += int(lengths[rows].sum())
-            genes.append(np.broadcast_to(listed, table.shape)[keep])
-            counts.append(table[keep])
-        tokens["slots"] = slots
-        columns = {"genes": np.concatenate(genes), "counts": np.concatenate(counts)}
-        return Ragged(starts, lengths, columns), masked_tokens
+        def write(run: slice) -> None:
+            span = slice(int(starts[run.start]), int(ends[run.stop - 1]))
+            values = slice(int(rows.offsets[run.start]), int(rows.offsets[run.stop]))
+            depth = ends[run, None] - [2, 1]
+            genes[depth] = self.n_genes, self.n_genes + 1
+            expressed = np.ones(span.stop - span.start, bool)
+            expressed[depth - span.start] = False
+            genes[span][expressed], counts[span][expressed] = rows.genes[values], rows.counts[values]
+            slots[span] = self._slot_tables.take(genes[span] + np.repeat(table[run], lengths[run]))
+
+        in_parts(write, equal_parts(lengths))
+        return _CellTokens(starts, lengths, genes, counts, slots)
+
+    def _parts(
+        self, panel: Int64[np.ndarray, " n"], room: Int64[np.ndarray, " n"]
+    ) -> list[Int64[np.ndarray, " m"]]:
+        """Samples of one panel each, so many that a part nearly fits a core's cache."""
+        parts = []
+        for number in np.unique(panel):
+            rows = np.flatnonzero(panel == number)
+            sizes = room[rows] + len(self._decoders[number][0])
+            parts += [rows[run] for run in equal_parts(sizes)]
+        return parts
+
+    def _counts(
+        self, cells: _CellTokens, centres: Int64[np.ndarray, " m"], unmeasured: Int32[np.ndarray, " p"]
+    ) -> Int32[np.ndarray, "m p"]:
+        """Counts of the genes to decode in some of `cells`; -1 is not measured."""
+        table = np.tile(unmeasured, (len(centres), 1))
+        expressed = cells.lengths[centres] - 2
+        at = _runs(cells.starts[centres], expressed)
+        table[np.repeat(np.arange(len(centres)), expressed), cells.slots[at]] = cells.counts[at]
+        return table
 
     def _decoder_list(self, panel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The genes to decode, depth tokens last, and a row of counts: 0 if measured, else -1."""
@@ -300,11 +353,6 @@ class SampleReader:
         else:
             genes = np.arange(self.n_genes + 2, dtype=np.int32)
         return genes, measured[genes]
-
-    def _slot_table(self, genes: np.ndarray) -> np.ndarray:
-        table = np.full(self.n_genes + 2, -1, np.int32)
-        table[genes] = np.arange(len(genes))
-        return table
 
     def _offsets(
         self, unique: np.ndarray, where: np.ndarray, present: np.ndarray, slides: np.ndarray

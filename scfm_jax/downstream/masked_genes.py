@@ -139,11 +139,11 @@ def masked_genes(
 
 def _flat(read: Sentences) -> tuple[np.ndarray, ...]:
     """Row, position, token, segment and whether it is masked, of every token."""
-    tokens, places = read.tokens, read.places
-    row = np.repeat(np.arange(len(tokens.lengths)), tokens.lengths)
+    row, columns = read.tokens.flat()
+    of_place, places = read.places.flat()
     masked = np.zeros(len(row), bool)
-    masked[np.repeat(tokens.starts, places.lengths) + places.columns["places"]] = True
-    columns = tokens.columns
+    lengths = read.tokens.lengths
+    masked[(np.cumsum(lengths) - lengths)[of_place] + places["places"]] = True
     return row, columns["positions"], columns["tokens"], columns["segments"], masked
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 from scipy import stats
 
-from scfm_jax.data.masks import MaskRates, column_mask, mask_bits, seed_words, threefry2x32
+from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, mask_bits, seed_words, threefry2x32
 
 RATES = MaskRates(nonzero=0.3, zero=0.03)
 STEP, CELL = np.uint32(7), np.arange(300, dtype=np.uint32) * 1_000_003
@@ -64,6 +64,14 @@ def test_numpy_and_jit_draw_the_same_mask():
     assert there.dtype == np.uint32 and np.array_equal(there, bits())
     masked = jax.jit(partial(column_mask, rates=RATES))(there, counts)
     assert np.array_equal(masked, column_mask(bits(), counts, RATES)) and masked.any()
+
+
+@pytest.mark.parametrize("seed", [0, 11, 2**32 - 1])
+def test_the_hosts_quick_bits_are_the_same(seed):
+    genes = np.random.default_rng(0).integers(0, 2**31, (len(CELL), 57))
+    steps = np.random.default_rng(1).integers(0, 2**32, len(CELL), dtype=np.uint32)
+    there = jax.jit(mask_bits)(seed_words(seed), steps, CELL, genes.astype(np.uint32))
+    assert np.array_equal(host_mask_bits(seed_words(seed), steps, CELL, genes), there)
 
 
 def test_a_gene_of_a_cell_has_its_bits_in_any_company():

@@ -12,7 +12,7 @@ from jax.extend.random import threefry_2x32
 
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates
-from scfm_jax.data.tokens import EVALUATION_STEP, SampleConfig, SampleReader
+from scfm_jax.data.tokens import EVALUATION_STEP, Ragged, SampleConfig, SampleReader
 from scfm_jax.errors import InputError
 
 RATES = MaskRates(nonzero=0.4, zero=0.1)
@@ -123,6 +123,26 @@ def test_samples_hold_what_the_files_say(known, centres, k, decoder, rates):
         assert (batch.decoder_counts[row][~listed] == -1).all()
     assert np.array_equal(batch.target_sum, np.array(medians, np.float32)[known.slide[centres]])
     assert np.array_equal(batch.index, centres) and (batch.draw == DRAW).all() and (batch.weight == 1).all()
+
+
+def test_tokens_stand_cell_by_cell_with_depth_tokens_behind_the_genes(known, centres):
+    batch = read(known, centres, SampleConfig(neighbours=3))
+    masked, n_genes = masks(known, centres, RATES), known.counts.shape[1]
+    for row, centre in enumerate(centres):
+        plain = []
+        for cell, member in enumerate([centre, *known.nearest[centre, :3]]):
+            if member >= 0:
+                genes = np.flatnonzero((known.counts[member] > 0) & ~masked[row])
+                plain += [(gene, cell) for gene in [*genes.tolist(), n_genes, n_genes + 1]]
+        real = batch.cells[row] >= 0
+        assert list(zip(batch.genes[row][real].tolist(), batch.cells[row][real].tolist())) == plain
+
+
+def test_flat_rows_are_in_order_with_nothing_between():
+    ragged = Ragged(np.array([5, 0, 3]), np.array([2, 0, 1]), {"a": np.arange(8, dtype=np.int32)})
+    row, columns = ragged.flat()
+    assert row.tolist() == [0, 0, 2] and columns["a"].tolist() == [5, 6, 3]
+    assert ragged.pad(np.array([2, 0]), 3, {"a": -1})["a"].tolist() == [[3, -1, -1], [5, 6, -1]]
 
 
 def test_the_simulated_corpus_has_the_cases_that_matter(known, centres):
