@@ -5,7 +5,8 @@
     python tools/data_rivals.py read FILE_OR_STORE --rival NAME --block 64 --pool 256 --batch 64 --cells 99999
 
 `make` simulates the benchmark's file. `prepare` writes what a rival reads, and names it. `read` times a rival
-and prints one line of JSON. All this runs in an environment of the rivals' own and never imports scfm_jax:
+and prints one line of JSON; `--rival scfm_jax` does so with a corpus of ours. The others run in an
+environment of their own:
 
     python3.12 -m venv V && V/bin/pip install "annbatch[zarrs]" scdataset anndata h5py scipy torch==2.13.0
 
@@ -26,6 +27,8 @@ scdataset
     `--workers` is the DataLoader of its quick start, with `prefetch_factor` = `fetch_factor` + 1.
 backed
     `anndata.read_h5ad(backed="r")`; the rows of a batch are drawn from all cells, sorted, and read at once.
+scfm_jax
+    `CellBatches`, through Grain, from a corpus built with `--labels type --section slide`; block is 64.
 ram
     X in memory as SciPy CSR and the same random rows: what copying rows costs when nothing is read.
 """
@@ -49,8 +52,14 @@ import numpy as np
 
 SLIDES, TYPES, PATCHES, FIELDS = 48, 30, 20, 8
 COLUMNS = ("slide", "type")
-POOLED = ("annbatch", "scdataset")
-PACKAGES = {"annbatch": "annbatch", "scdataset": "scDataset", "backed": "anndata", "ram": "scipy"}
+POOLED = ("scfm_jax", "annbatch", "scdataset")
+PACKAGES = {
+    "scfm_jax": "scfm_jax",
+    "annbatch": "annbatch",
+    "scdataset": "scDataset",
+    "backed": "anndata",
+    "ram": "scipy",
+}
 
 
 class Reader(NamedTuple):
@@ -213,7 +222,41 @@ def at_random(matrix: Any, arguments: argparse.Namespace) -> Iterator[tuple[np.n
         yield rows, matrix[rows]
 
 
-RIVALS = {"annbatch": open_annbatch, "scdataset": open_scdataset, "backed": open_anndata, "ram": open_anndata}
+class Csr(NamedTuple):
+    """Rows as three arrays."""
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    data: np.ndarray
+    format: str = "csr"
+
+
+def open_scfm(arguments: argparse.Namespace) -> Reader:
+    from scfm_jax.corpus import Corpus
+    from scfm_jax.data.cells import CellBatches
+
+    corpus = Corpus.open(arguments.file)
+    everything = np.arange(corpus.n_cells)
+    batches = CellBatches(
+        corpus, everything, batch_size=arguments.batch, pool_blocks=arguments.pool, seed=arguments.seed
+    )
+    codes = {"slide": corpus.slide_of(everything), "type": corpus.labels("type")[0]}
+    steps = corpus.n_cells // arguments.batch
+
+    def start() -> Iterator[tuple[np.ndarray, Any]]:
+        for batch in batches.iterate(0, steps):
+            yield batch.index, Csr(batch.cells.offsets, batch.cells.genes, batch.cells.counts)
+
+    return Reader(start, codes, {"pool_blocks": arguments.pool})
+
+
+RIVALS = {
+    "scfm_jax": open_scfm,
+    "annbatch": open_annbatch,
+    "scdataset": open_scdataset,
+    "backed": open_anndata,
+    "ram": open_anndata,
+}
 
 
 def codes_of(path: Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -204,6 +205,7 @@ class RankReader:
         self.corpus, self.config, self.n_genes = corpus, config, len(corpus.vocabulary)
         n_slides = len(corpus.slides)
         self._known = np.zeros(n_slides, bool)
+        self._learning = threading.Lock()
         self._context = np.zeros((n_slides, len(config.context)), np.int32)
         self._technologies: list[tuple[str, str]] = []
         self._row = np.zeros(n_slides, np.int64)
@@ -300,18 +302,24 @@ class RankReader:
 
     def know(self, slides: Int[np.ndarray, " n"]) -> None:
         """Look up context tokens and means of slides that were not read before; errors as of `read`."""
-        for number in slides[~self._known[slides]]:
-            slide = self.corpus.slides[number]
-            self._context[number] = self._context_of(slide)
-            technology = slide.technology, slide.modality
-            if technology not in self._technologies:
-                means = usable_means(
-                    means_of_slide(self.corpus, slide, self.config.mean_files), self.config.means
-                )
-                self.means = np.concatenate([self.means, means[None]])
-                self._technologies.append(technology)
-            self._row[number] = self._technologies.index(technology)
-            self._known[number] = True
+        if self._known[slides].all():
+            return
+        with self._learning:
+            for number in slides[~self._known[slides]]:
+                self._learn(int(number))
+
+    def _learn(self, number: int) -> None:
+        slide = self.corpus.slides[number]
+        self._context[number] = self._context_of(slide)
+        technology = slide.technology, slide.modality
+        if technology not in self._technologies:
+            means = usable_means(
+                means_of_slide(self.corpus, slide, self.config.mean_files), self.config.means
+            )
+            self.means = np.concatenate([self.means, means[None]])
+            self._technologies.append(technology)
+        self._row[number] = self._technologies.index(technology)
+        self._known[number] = True
 
     def _context_of(self, slide: Slide) -> list[int]:
         extra = {name.lower(): FIRST_EXTRA_ASSAY + n for n, name in enumerate(self.config.extra_assays)}

@@ -13,11 +13,12 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int64
 
+from scfm_jax.corpus.workers import n_cores
+
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-# Not all systems can say which cores this process may use.
-CORES: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES: int = n_cores()
 # Values of a part: little more than a core's cache holds, and enough that threads seldom wait for one another
 # between two steps of NumPy.
 _PART = 2**18

@@ -1,12 +1,13 @@
 """What the hosts of one run tell each other beside the step, through JAX's coordination service.
 
-These are plain messages and no computation on the devices, so that a loader's thread may use them at any time.
+These are plain messages and no computation on the devices, so a loader's thread may use them at any time.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ def greatest_of_hosts() -> Exchange | None:
     """
     if jax.process_count() == 1:
         return None
-    client, host = distributed.global_state.client, jax.process_index()
+    client: Any = distributed.global_state.client
+    host = jax.process_index()
     number, said = next(_NUMBERS), list[str]()
 
     def exchange(name: str, lengths: Int64[np.ndarray, "steps 2"]) -> Int64[np.ndarray, "steps 2"]:
