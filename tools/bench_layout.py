@@ -92,7 +92,8 @@ def write(folder: Path, values: np.ndarray, layout: Layout) -> ts.TensorStore:
             },
         },
         create=True,
-        context=ts.Context({"cache_pool": {"total_bytes_limit": 1 << 27}}),
+        # Room for the indexes of shards, and too little for decoded chunks to be found again.
+        context=ts.Context({"cache_pool": {"total_bytes_limit": 1 << 21}}),
     ).result()
     array.write(values).result()
     return array

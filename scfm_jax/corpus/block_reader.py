@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Int, Int32, Int64, Shaped, UInt
+from jaxtyping import Int, Int32, Int64, Shaped, UInt, UInt16
 
 from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, runs
 from scfm_jax.corpus.place import Place, remote_context
@@ -26,9 +26,10 @@ from scfm_jax.corpus.store import (
 
 # What a column holds where a slide does not store it.
 _ABSENT: dict[str, float] = {"x": np.nan, "y": np.nan, "neighbours": -1}
-# Shares of the memory for decoded cells; the rest is TensorStore's, for shard indexes and chunks.
-_SHARES = {"entries": 0.5, "neighbours": 0.2, "x": 0.04, "y": 0.04, "total_matched": 0.04}
-_MOST_OPEN = 2_048
+# Shares of the memory for decoded cells; what is left is TensorStore's, for the indexes of shards.
+_SHARES = {"entries": 0.5, "neighbours": 0.18, "x": 0.03, "y": 0.03, "total_matched": 0.02}
+_INDEX_SHARE = 0.2
+_OPEN_BYTES = 40_000
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ class SlideIndex:
     """What must be in memory to read a slide's blocks."""
 
     arrays: SlideArrays
+    nnz: UInt16[np.ndarray, " cells"]
     block_starts: Int64[np.ndarray, " blocks_and_end"]
     overflow_position: Int64[np.ndarray, " m"]
     overflow_count: Int32[np.ndarray, " m"]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, about: open arrays take some kilobytes each."""
+        return _OPEN_BYTES + self.nnz.nbytes + self.block_starts.nbytes
 
 
 class BlockReader:
@@ -64,7 +71,7 @@ class BlockReader:
         self._spatial = np.array([record["spatial"] for record in self._records], bool)
         self._overflows = np.array([record["overflow"] > 0 for record in self._records], bool)
         self._n_neighbours = manifest["n_neighbours"]
-        self._context = remote_context(int(cache_bytes * (1 - sum(_SHARES.values()))))
+        self._context = remote_context(int(cache_bytes * (1 - sum(_SHARES.values()) - _INDEX_SHARE)))
         nnz = sum(record["nnz"] for record in self._records)
         self._dtype = np.dtype(LAYOUTS[entry_layout(n_genes)].dtype)
         self._cache_bytes = cache_bytes
@@ -74,6 +81,7 @@ class BlockReader:
         self._columns: dict[str, ColumnRing] = {}
         self._lock = threading.Lock()
         self._indexes: OrderedDict[int, SlideIndex] = OrderedDict()
+        self._index_bytes = 0
 
     def entries(
         self,
@@ -132,19 +140,21 @@ class BlockReader:
                 record = self._records[slide]
                 place, panel = self._root / record["folder"], self._panel_sizes[record["panel"]]
                 arrays = SlideArrays(place, record, self._n_genes, panel, self._context)
-                names = ["block_starts"]
+                names = ["nnz", "block_starts"]
                 names += ["overflow_position", "overflow_count"] if record["overflow"] else []
-                arrays.open(["entries", "nnz", *names])
+                arrays.open(["entries", *names])
                 reads[slide] = arrays, [(name, arrays[name].read()) for name in names]
         for slide, (arrays, parts) in reads.items():
             values = [arrays.result(name, read) for name, read in parts]
             empty = (np.empty(0, np.int64), np.empty(0, np.int32))
-            found[slide] = SlideIndex(arrays, values[0], *(values[1:] or empty))
+            found[slide] = SlideIndex(arrays, *values[:2], *(values[2:] or empty))
         with self._lock:
             for slide in reads:
-                self._indexes[slide] = found[slide]
-            while len(self._indexes) > _MOST_OPEN:
-                self._indexes.popitem(last=False)
+                if slide not in self._indexes:
+                    self._indexes[slide] = found[slide]
+                    self._index_bytes += found[slide].nbytes
+            while self._index_bytes > self._cache_bytes * _INDEX_SHARE and len(self._indexes) > 1:
+                self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
         return found
 
     def slides_of(self, blocks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -174,7 +184,7 @@ class BlockReader:
         return bounds, list(zip(slides.tolist(), start.tolist(), (start + np.diff(bounds)).tolist()))
 
     def read(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
-        """Read blocks, given ascending, in one batch: a request an array for each run of blocks."""
+        """Read blocks, given ascending, in one batch: a request for each run of blocks."""
         bounds, found = self._runs(numbers)
         indexes = self.indexes(sorted({slide for slide, _, _ in found}))
         reads = []
@@ -182,16 +192,13 @@ class BlockReader:
             for slide, start, stop in found:
                 index = indexes[slide]
                 values = slice(int(index.block_starts[start]), int(index.block_starts[stop]))
-                cells = slice(start * BLOCK, min(stop * BLOCK, self._records[slide]["n_cells"]))
-                arrays = index.arrays
-                nnz_read = arrays["nnz"][cells].read(batch=batch)
-                reads.append((arrays, nnz_read, arrays["entries"][values].read(batch=batch)))
+                reads.append(index.arrays["entries"][values].read(batch=batch))
         length = np.zeros((len(numbers), BLOCK), np.int64)
         entries: list[np.ndarray] = []
-        for (arrays, nnz_read, entry_read), first in zip(reads, bounds[:-1].tolist(), strict=True):
-            nnz = arrays.result("nnz", nnz_read)
+        for read, (slide, start, stop), first in zip(reads, found, bounds[:-1].tolist(), strict=True):
+            nnz = indexes[slide].nnz[start * BLOCK : stop * BLOCK]
             length[first:].reshape(-1)[: len(nnz)] = nnz
-            entries.append(arrays.result("entries", entry_read))
+            entries.append(indexes[slide].arrays.result("entries", read))
         part = np.repeat(np.arange(len(found)), np.diff(bounds))
         ends = length.cumsum(1)
         # Where each block begins within its part.
@@ -250,11 +257,8 @@ class BlockReader:
 
     def _entries_before(self, index: SlideIndex, block: int, place: int) -> int:
         """Non-zeros of the slide before a cell."""
-        start = int(index.block_starts[block])
-        if place:
-            nnz = index.arrays["nnz"][block * BLOCK : block * BLOCK + place].read()
-            start += int(index.arrays.result("nnz", nnz).sum(dtype=np.int64))
-        return start
+        within = index.nnz[block * BLOCK : block * BLOCK + place]
+        return int(index.block_starts[block]) + int(within.sum(dtype=np.int64))
 
 
 def join(

@@ -122,7 +122,7 @@ def build_corpus(
         "min_counts": min_counts,
         "n_neighbours": n_neighbours,
     }
-    options = options or StoreOptions(shard_factor=1 if place.is_local else 4)
+    options = options or StoreOptions(shard_factor=1 if place.is_local else 2)
     work = _Work(place, outlines, vocabulary, tables, settings, options)
     if exists:
         done = _report_of_request(place, work.request)

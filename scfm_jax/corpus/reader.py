@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
 
-from scfm_jax.corpus.block_reader import BlockReader, join
+from scfm_jax.corpus.block_reader import BlockReader
 from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_manifest, sha256_bytes
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.store import BLOCK, unpack_counts, unpack_genes
@@ -106,15 +106,17 @@ class Pool:
     def __init__(self, index: Int64[np.ndarray, " n"], blocks: BlockReader, located: tuple[Any, ...]) -> None:
         self.index, self._blocks = index, blocks
         self._block, self._place, self._slide = located
-        self._read = blocks.read(np.unique(self._block))
-        self._at = self._read.find(self._block)
+        read = blocks.read(np.unique(self._block))
+        self._views = read.views(read.find(self._block), self._place)
+        self._offsets = np.concatenate([[0], np.cumsum(list(map(len, self._views)), dtype=np.int64)])
 
     def cells(self, start: int, stop: int) -> Cells:
         """The cells ``index[start:stop]``."""
         part = slice(start, stop)
-        block, place, slide = self._block[part], self._place[part], self._slide[part]
-        entries, offsets = join(self._read.views(self._at[part], place), np.dtype(np.uint32))
-        return Cells(self._blocks.restored(entries, offsets, block, place, slide), offsets)
+        entries, offsets = np.concatenate(self._views[part]), self._offsets[start : stop + 1]
+        offsets = offsets - offsets[0]
+        located = self._block[part], self._place[part], self._slide[part]
+        return Cells(self._blocks.restored(entries, offsets, *located), offsets)
 
 
 class Corpus:

@@ -8,8 +8,9 @@ in the overflow table. ``scaled_sum`` and ``expressing`` hold, for each gene of 
 over its cells of counts scaled to 10,000 a cell, and how many cells express it: what technology means are
 made of.
 
-Every inner chunk is blosc with shuffle under a CRC-32C, so a flipped byte is an error when it is read, never
-a wrong count. docs/benchmarks.md has what the layout was measured against.
+A shard is never longer than its array, so that the index that a read begins with is short. Every inner chunk
+is blosc with bitshuffle under a CRC-32C, so a flipped byte is an error when it is read, never a wrong count.
+docs/benchmarks.md has what the layout was measured against.
 """
 
 from __future__ import annotations
@@ -138,7 +139,12 @@ class ArrayWriter:
     """
 
     def __init__(
-        self, folder: Path, name: str, layout: str, options: StoreOptions, width: int | None = None
+        self,
+        folder: Path,
+        name: str,
+        layout: str,
+        options: StoreOptions,
+        width: int | None = None,
     ) -> None:
         how = LAYOUTS[layout]
         self._row = () if width is None else (width,)
@@ -146,8 +152,9 @@ class ArrayWriter:
         self._shard = how.shard * options.shard_factor
         self._waiting: list[np.ndarray] = []
         self._n_waiting = self._n_written = 0
-        spec = _spec(Place(folder) / name, layout, (0, *self._row), options)
-        self._array = ts.open(spec, create=True).result()
+        self._layout, self._options = layout, options
+        self._place = Place(folder) / name
+        self._array: ts.TensorStore | None = None
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows at the end."""
@@ -158,9 +165,14 @@ class ArrayWriter:
 
     def close(self) -> None:
         """Write what is left."""
-        self._write(self._n_waiting)
+        if self._array is None or self._n_waiting:
+            self._write(self._n_waiting)
 
     def _write(self, n: int) -> None:
+        if self._array is None:
+            # What fits a shard is written at once, so that its length is known here.
+            spec = _spec(self._place, self._layout, (n, *self._row), self._options)
+            self._array = ts.open(spec, create=True).result()
         if n == 0:
             return
         rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
@@ -173,7 +185,8 @@ class ArrayWriter:
 
 def write_array(folder: Path, name: str, layout: str, values: np.ndarray, options: StoreOptions) -> None:
     """Write one whole array."""
-    writer = ArrayWriter(folder, name, layout, options, values.shape[1] if values.ndim == 2 else None)
+    width = values.shape[1] if values.ndim == 2 else None
+    writer = ArrayWriter(folder, name, layout, options, width)
     writer.append(values)
     writer.close()
 
@@ -227,7 +240,8 @@ class SlideArrays:
         asked = {}
         for name in names:
             layout = self._entries if name == "entries" else name.split("_")[0] if "label" in name else name
-            spec = _spec(self._place / name, layout, self._shapes.get(name, self._of_cells), self._options)
+            shape = self._shapes.get(name, self._of_cells)
+            spec = _spec(self._place / name, layout, shape, self._options)
             asked[name] = ts.open({**spec, "assume_metadata": True}, open=True, context=self._context)
         self._open.update({name: array.result() for name, array in asked.items()})
 
@@ -253,11 +267,12 @@ class SlideArrays:
 
 def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptions) -> dict[str, Any]:
     how = LAYOUTS[layout]
+    shard = min(how.shard * options.shard_factor, max(-(-shape[0] // how.chunk), 1) * how.chunk)
     byte_codec = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {
         "cname": options.codec,
         "clevel": _LEVELS[options.codec],
-        "shuffle": "shuffle",
+        "shuffle": "bitshuffle",
         "typesize": np.dtype(how.dtype).itemsize,
         "blocksize": 0,
     }
@@ -285,7 +300,7 @@ def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptio
             "chunk_key_encoding": {"name": "default"},
             "chunk_grid": {
                 "name": "regular",
-                "configuration": {"chunk_shape": [how.shard * options.shard_factor, *shape[1:]]},
+                "configuration": {"chunk_shape": [shard, *shape[1:]]},
             },
             "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         },
