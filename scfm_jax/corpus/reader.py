@@ -16,7 +16,7 @@ from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
 from scfm_jax.corpus.block_reader import BlockReader
 from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_manifest, sha256_bytes
 from scfm_jax.corpus.place import Place
-from scfm_jax.corpus.store import BLOCK, unpack_counts, unpack_genes
+from scfm_jax.corpus.store import BLOCK, LAYOUTS, entry_layout, unpack_counts, unpack_genes
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 
@@ -139,6 +139,8 @@ class Corpus:
         Its slides, in the order of their cells.
     n_cells, n_neighbours
         Number of cells, and of neighbours stored for each.
+    cache_bytes, entry_bytes
+        Memory for decoded cells, and what a non-zero takes of it.
     slide_starts
         First cell of each slide, and ``n_cells`` at the end.
     """
@@ -168,7 +170,8 @@ class Corpus:
             for record, start in zip(records, self.slide_starts)
         )
         self._technology_means: dict[str, Float64[np.ndarray, " n_genes"]] = {}
-        self._cache_bytes = cache_bytes
+        self.cache_bytes = cache_bytes
+        self.entry_bytes = np.dtype(LAYOUTS[entry_layout(len(vocabulary))].dtype).itemsize
         self._blocks = BlockReader(place, manifest, len(vocabulary), cache_bytes)
         self._labels: dict[int, dict[str, tuple[int, Int32[np.ndarray, " classes"]]]] = {}
 
@@ -201,7 +204,7 @@ class Corpus:
         return cls(place, manifest, vocabulary, cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return functools.partial(Corpus.open, cache_bytes=self._cache_bytes), (self.path,)
+        return functools.partial(Corpus.open, cache_bytes=self.cache_bytes), (self.path,)
 
     @functools.cached_property
     def report(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ seed.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.ranks import RankConfig, TokenMask
 from scfm_jax.data.tokens import Ragged, SampleConfig
-from scfm_jax.errors import InputError, check_least
+from scfm_jax.errors import DataWarning, InputError, check_least
 
 _CALIBRATION_WINDOWS, _CALIBRATION_SEED = 2, 0
 _WINDOW_ORDER = 3  # beside the purposes of `stream`
@@ -59,6 +60,8 @@ class DataConfig:
         Blocks of 64 cells that are shuffled together.
     prefetch
         Batches made ahead of the step.
+    cache_mib
+        Memory for decoded cells.
     readers
         Threads that read the corpus, a shard of a window each; they change nothing in the batches.
     weights
@@ -75,6 +78,7 @@ class DataConfig:
     length_multiple: int = 8
     pool_blocks: int = 256
     prefetch: int = 2
+    cache_mib: int = 1_024
     readers: int = 2
     weights: tuple[str, ...] = ()
 
@@ -89,6 +93,7 @@ class DataConfig:
             "length_multiple",
             "pool_blocks",
             "readers",
+            "cache_mib",
         )
         check_least(self, 0, "prefetch")
         if self.batch_size % self.virtual_shards:
@@ -193,6 +198,7 @@ class Loader:
         self._read = self._own if exchange or hosts == 1 else range(config.virtual_shards)
         self._exchange: Exchange = exchange or (lambda name, lengths: lengths)
         self._pool = ThreadPoolExecutor(config.readers, thread_name_prefix="scfm-reader")
+        _check_cache(corpus, config, own)
         self._reader: Reader = config.sample.reader(corpus)
         blocks = block_numbers(corpus, centres)
         weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
@@ -273,6 +279,22 @@ class Loader:
         lengths = np.empty((steps, 2), np.int64)
         lengths[order] = read.lengths[groups].max(1)
         return _Part(read, [groups[rank] for rank in np.argsort(order)], lengths)
+
+
+def _check_cache(corpus: Corpus, config: DataConfig, shards: int) -> None:
+    """Warn where blocks will be read again in every window, since memory does not hold the pools."""
+    slides = corpus.manifest["slides"]
+    of_block = BLOCK * corpus.entry_bytes * sum(slide["nnz"] for slide in slides) / corpus.n_cells
+    # A block's neighbours lie in about as many blocks again.
+    halo = 2 if config.sample.stored_neighbours else 1
+    needed = min(shards * config.pool_blocks, corpus.n_cells / BLOCK / halo) * halo * of_block
+    if needed > corpus.cache_bytes / 2:
+        warnings.warn(
+            f"{corpus.path}: the pools of {shards} shards take {needed / 2**20:,.0f} MiB, half of "
+            f"data.cache_mib is {corpus.cache_bytes / 2**21:,.0f}: raise it or lower data.pool_blocks",
+            DataWarning,
+            stacklevel=3,
+        )
 
 
 class _Steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     InputError
         The folder holds a run already, or (resuming) one of another corpus or config.
     """
-    corpus = Corpus.open(config.corpus)
+    corpus = Corpus.open(config.corpus, cache_bytes=config.data.cache_mib << 20)
     split = split_cells(corpus, config.split)
     train_cells, test_cells = select_cells(corpus, split, config)
     task = make_task(config, corpus)
@@ -131,8 +132,9 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
 
             clock = [time.perf_counter()]
             step, saved = start, start
-            for step, batch in enumerate(loader.iterate(start, config.optimiser.steps), start + 1):
-                state, sums = step_fn(state, to_devices(batch, mesh))
+            batches = on_devices(loader.iterate(start, config.optimiser.steps), mesh)
+            for step, (batch, placed) in enumerate(batches, start + 1):
+                state, sums = step_fn(state, placed)
                 pending.append((step, sums, len(batch.weight) * batch.static_lengths[0]))
                 last = step == config.optimiser.steps or bool(stopped)
                 if step % config.log_every == 0 or last:
@@ -309,6 +311,16 @@ def to_devices(batch: Any, mesh: Any) -> Any:
     """A host's rows as its part of a global batch."""
     place = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(place, rows), batch)
+
+
+def on_devices(batches: Iterator[Any], mesh: Any, ahead: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Batches of the host and, as the step wants them, of the devices; `ahead` are on their way meanwhile."""
+    waiting: deque[tuple[Any, Any]] = deque()
+    for batch in batches:
+        waiting.append((batch, to_devices(batch, mesh)))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
 
 
 @contextmanager

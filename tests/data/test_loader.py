@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from scfm_jax.corpus import BLOCK
+from scfm_jax.corpus import BLOCK, Corpus
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.loader import DataConfig, Loader, block_numbers, evaluation_batches
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import SampleConfig, SampleReader
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 
 RATES = MaskRates(nonzero=0.3, zero=0.05)
 CONFIG = DataConfig(
@@ -230,3 +230,9 @@ def test_no_cells_is_an_error(make):
 def test_fewer_blocks_than_shards_is_an_error(make, centres):
     with pytest.raises(InputError, match="4 shards but the training cells lie in 1 blocks"):
         make(cells=centres[:30])
+
+
+def test_a_cache_too_small_for_the_pools_is_warned_of(known, centres):
+    small = Corpus.open(known.corpus.path, cache_bytes=10_000)
+    with pytest.warns(DataWarning, match=r"the pools of 4 shards take .* lower data.pool_blocks"):
+        Loader(small, centres, CONFIG, seed=5, rates=RATES)
