@@ -19,6 +19,7 @@ from scfm_jax.corpus.check import (
     Counted,
     CountJob,
     Outline,
+    check_names,
     count,
     fingerprint_of,
     outline_sources,
@@ -177,7 +178,7 @@ def add_sources(
     work = _Work(place, outlines, corpus.vocabulary, tables, settings, options)
     if (done := _report_of_request(place, work.request)) is not None:
         return done
-    outline_sources(sources, taken)
+    check_names(outlines, taken)
     folders, reports = work.run(workers, scheduler, progress or _tell_nobody)
     before = manifest["provenance"]["history"]
     added = event("add", request=work.request, sources=[asdict(source) for source in sources])
@@ -295,7 +296,9 @@ def _tell_nobody(what: str, done: int, total: int) -> None:
 def _outlines(place: Place, sources: Sequence[Source]) -> list[Outline]:
     if not sources:
         raise InputError(place, "no source file is given", "give at least one .h5ad, .zarr or 10x .h5 file")
-    return outline_sources(sources)
+    outlines = outline_sources(sources)
+    check_names(outlines)
+    return outlines
 
 
 def _exists(place: Place) -> bool:
@@ -319,8 +322,8 @@ def _exists(place: Place) -> bool:
 def _report_of_request(place: Place, request: str) -> dict[str, Any] | None:
     """The report of the corpus, if it holds what is asked for."""
     history = read_manifest(place)["provenance"]["history"]
-    asked = any(entry.get("request") == request for entry in history)
-    if not asked:
+    asked = [number for number, entry in enumerate(history) if entry.get("request") == request]
+    if not asked or any(entry["what"] == "remove" for entry in history[asked[-1] :]):
         return None
     place.delete(f"{BUILDING}/")  # what is left where it was killed at the very end
     return Corpus.open(str(place), cache_bytes=0).report

@@ -57,39 +57,43 @@ class Counted:
     by_cell: bool
 
 
-def outline_sources(sources: Sequence[Source], taken: Iterable[str] = ()) -> list[Outline]:
+def outline_sources(sources: Sequence[Source]) -> list[Outline]:
     """Check the structure of every source.
-
-    Parameters
-    ----------
-    sources
-        The files.
-    taken
-        Names of slides that there are already.
 
     Raises
     ------
     InputError
-        A file that cannot be read, a field that it lacks, or a slide that there is already.
+        A file that cannot be read, or a field that it lacks.
     """
     outlines = []
-    owner = dict.fromkeys(taken, "this corpus")
     for source in sources:
         with contextlib.closing(CountsFile(source)) as file:
             for label in source.labels:
                 file.label(label)
-            slides = slide_names(file)
-            for slide in slides:
-                if slide in owner:
-                    mend = "give one of them a name, or give it once"
-                    raise InputError(source.path, f"slide {slide!r} would come from {owner[slide]} too", mend)
-                owner[slide] = source.path
             fingerprint = {
                 "source": asdict(source) | {"path": str(Path(source.path).resolve())},
                 "state": file.fingerprint(),
             }
-            outlines.append(Outline(source, file.gene_names, len(file.obs), slides, fingerprint))
+            outlines.append(Outline(source, file.gene_names, len(file.obs), slide_names(file), fingerprint))
     return outlines
+
+
+def check_names(outlines: Sequence[Outline], taken: Iterable[str] = ()) -> None:
+    """Check that every slide has a name of its own.
+
+    Raises
+    ------
+    InputError
+        Two sources give a slide of one name, or one is among the names ``taken``.
+    """
+    owner = dict.fromkeys(taken, "this corpus")
+    for outline in outlines:
+        path = outline.source.path
+        for slide in outline.slides:
+            if slide in owner:
+                mend = "give one of them a name, or give it once"
+                raise InputError(path, f"slide {slide!r} would come from {owner[slide]} too", mend)
+            owner[slide] = path
 
 
 def slide_names(file: CountsFile) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from scfm_jax.corpus.manifest import (
     sha256_bytes,
 )
 from scfm_jax.corpus.place import Place
+from scfm_jax.corpus.workers import n_cores
 from scfm_jax.errors import InputError
 
 
@@ -55,8 +57,10 @@ def verify_corpus(path: str | Path) -> list[str]:
         (manifest["technology_sums"], manifest["technology_sums_checksum"]),
     ):
         problems += _compare(place, name, checksum, "")
-    for record in manifest["slides"]:
-        problems += _verify_slide(place / record["folder"], record)
+    with ThreadPoolExecutor(n_cores()) as pool:
+        records = manifest["slides"]
+        for found in pool.map(lambda record: list(_verify_slide(place / record["folder"], record)), records):
+            problems += found
     return problems
 
 

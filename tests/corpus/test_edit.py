@@ -62,6 +62,15 @@ def test_what_is_there_already_is_not_done_again(tissue, write, path):
     assert add_sources(path, [more]) == report and files(path) == before
 
 
+def test_what_was_removed_can_be_added_again(tissue, write, path):
+    more = write(tissue, "more", labels=("type",))
+    add_sources(path, [more])
+    hash_before = Corpus.open(path).hash
+    remove_slides(path, ["more/s1", "more/s2"])
+    add_sources(path, [more])
+    assert Corpus.open(path).hash == hash_before and verify_corpus(path) == []
+
+
 def test_a_build_that_is_done_does_nothing(tissue, write, tmp_path):
     source = write(tissue)
     report = build_corpus(tmp_path / "out", [source])
