@@ -9,7 +9,7 @@ over its cells of counts scaled to 10,000 a cell, and how many cells express it:
 made of.
 
 A shard is never longer than its array, so that the index that a read begins with is short. Every inner chunk
-is blosc with bitshuffle under a CRC-32C, so a flipped byte is an error when it is read, never a wrong count.
+is blosc with shuffle under a CRC-32C, so a flipped byte is an error when it is read, never a wrong count.
 docs/benchmarks.md has what the layout was measured against.
 """
 
@@ -242,7 +242,7 @@ class SlideArrays:
             layout = self._entries if name == "entries" else name.split("_")[0] if "label" in name else name
             shape = self._shapes.get(name, self._of_cells)
             spec = _spec(self._place / name, layout, shape, self._options)
-            asked[name] = ts.open({**spec, "assume_metadata": True}, open=True, context=self._context)
+            asked[name] = ts.open({**spec, "open": True, "assume_metadata": True}, context=self._context)
         self._open.update({name: array.result() for name, array in asked.items()})
 
     def result(self, name: str, read: Any) -> np.ndarray:
@@ -272,7 +272,7 @@ def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptio
     blosc = {
         "cname": options.codec,
         "clevel": _LEVELS[options.codec],
-        "shuffle": "bitshuffle",
+        "shuffle": "shuffle",
         "typesize": np.dtype(how.dtype).itemsize,
         "blocksize": 0,
     }
