@@ -7,7 +7,8 @@ them that nobody uses. Every part of the package that holds cells out calls `spl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -66,10 +67,8 @@ class Split:
 
     Attributes
     ----------
-    train, test
-        Global cell numbers, ascending.
-    block
-        Spatial block of every cell of the corpus, numbered over all slides: what a bootstrap resamples.
+    is_train, is_test
+        Of every cell of the corpus: a byte each, where numbers would take eight.
     report
         ``held_out`` (names of slides), ``n_folds`` and ``fold`` (``None`` with held-out slides),
         ``margin``, ``context``, ``cells`` (numbers of ``train``, ``test`` and ``margin``, and ``kept``, the
@@ -77,10 +76,25 @@ class Split:
         hold it.
     """
 
-    train: Int64[np.ndarray, " n"]
-    test: Int64[np.ndarray, " m"]
-    block: Int32[np.ndarray, " cells"]
+    is_train: Bool[np.ndarray, " cells"]
+    is_test: Bool[np.ndarray, " cells"]
     report: dict[str, Any]
+    _cut: Callable[[], Int32[np.ndarray, " cells"]]
+
+    @property
+    def train(self) -> Int64[np.ndarray, " n"]:
+        """Global numbers of the training cells, ascending."""
+        return np.flatnonzero(self.is_train)
+
+    @property
+    def test(self) -> Int64[np.ndarray, " m"]:
+        """Global numbers of the test cells, ascending."""
+        return np.flatnonzero(self.is_test)
+
+    @functools.cached_property
+    def block(self) -> Int32[np.ndarray, " cells"]:
+        """Spatial block of every cell, numbered over all slides: what a bootstrap resamples."""
+        return self._cut()
 
 
 def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = ()) -> Split:
@@ -107,13 +121,14 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         that match all, no test cells, or fewer training cells kept than ``min_kept``.
     """
     _check(corpus, config)
-    block = _cut_blocks(corpus, config)
-    is_test = _held_out_slides(corpus, config) if config.held_out else _held_out_blocks(corpus, config, block)
+    # Whole slides are held out without a look at any cell.
+    cut = functools.cache(lambda: _cut_blocks(corpus, config))
+    is_test = _held_out_slides(corpus, config) if config.held_out else _held_out_blocks(corpus, config, cut())
     if not is_test.any():
         raise InputError(corpus.path, f"fold {config.fold} holds no cell", "lower n_folds or raise blocks")
     is_train = ~is_test & ~_margin(corpus, config, is_test)
 
-    held_out = {corpus.slides[number].name for number in corpus.slide_of(np.flatnonzero(is_test))}
+    held_out = {slide.name for slide, rows in zip(corpus.slides, _slides(corpus)) if is_test[rows].any()}
     report: dict[str, Any] = {
         "held_out": sorted(held_out) if config.held_out else [],
         "n_folds": None if config.held_out else config.n_folds,
@@ -128,7 +143,7 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         problem = f"margin {config.margin} ({config.context}) keeps {kept:.0%} of the cells to train on"
         mend = "lower margin or blocks, allow context 'shared', hold out whole slides"
         raise InputError(corpus.path, problem, f"{mend}, or lower min_kept = {config.min_kept:.0%}")
-    return Split(np.flatnonzero(is_train), np.flatnonzero(is_test), block, report)
+    return Split(is_train, is_test, report, cut)
 
 
 def _check(corpus: Corpus, config: SplitConfig) -> None:

@@ -201,7 +201,9 @@ class Loader:
         _check_cache(corpus, config, own)
         self._reader: Reader = config.sample.reader(corpus)
         blocks = block_numbers(corpus, centres)
-        weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
+        weights = None
+        if config.weights:
+            weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
         self._streams, calibration = (
             MixedStreams(
                 centres,

@@ -9,6 +9,7 @@ hold the same number of cells of each weight, one at least, so where a position 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -83,7 +84,7 @@ class MixedStreams:
     centres, blocks
         As of `ShardStreams`.
     weights
-        Of each cell; 0 leaves it out.
+        Of each cell; 0 leaves it out. None: all alike.
     n_shards, seed, pool_blocks
         As of `ShardStreams`.
 
@@ -97,21 +98,25 @@ class MixedStreams:
         self,
         centres: Int64[np.ndarray, " n"],
         blocks: Int64[np.ndarray, " n"],
-        weights: Float64[np.ndarray, " n"],
+        weights: Float64[np.ndarray, " n"] | None,
         *,
         n_shards: int,
         seed: int,
         pool_blocks: int,
     ) -> None:
-        kinds = np.unique(weights[weights > 0])
+        groups: list[Any]
+        if weights is None:
+            kinds, groups = np.ones(1), [slice(None)]
+        else:
+            kinds = np.unique(weights[weights > 0])
+            groups = [weights == weight for weight in kinds]
         if not len(kinds):
             raise InputError("data.weights", "leave no cell to train on", "raise one of them")
-        groups = [weights == weight for weight in kinds]
         self._streams = [
             ShardStreams(centres[group], blocks[group], n_shards=n_shards, seed=seed, pool_blocks=pool_blocks)
             for group in groups
         ]
-        mass = np.array([weight * group.sum() for weight, group in zip(kinds, groups, strict=True)])
+        mass = np.array([weight * sum(s.sizes) for weight, s in zip(kinds, self._streams, strict=True)])
         pattern = np.repeat(np.arange(len(kinds)), _share_out(mass, PERIOD))
         self._pattern = np.random.default_rng([seed, _ORDER]).permutation(pattern)
         self._n_shards = n_shards

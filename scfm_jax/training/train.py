@@ -277,7 +277,8 @@ def select_cells(
             f"has no slide of technologies {', '.join(config.technologies)}",
             f"there are {', '.join(there)}",
         )
-    train_cells, test_cells = (cells[chosen[corpus.slide_of(cells)]] for cells in (split.train, split.test))
+    of_cell = np.repeat(chosen, np.diff(corpus.slide_starts))
+    train_cells, test_cells = (np.flatnonzero(cells & of_cell) for cells in (split.is_train, split.is_test))
     if config.evaluate_cells and len(test_cells) > config.evaluate_cells:
         random = np.random.default_rng(config.split.seed)
         test_cells = np.sort(random.choice(test_cells, config.evaluate_cells, replace=False))
