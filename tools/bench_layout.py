@@ -4,7 +4,7 @@
 
 The first cells of a corpus are written in every layout, and pools of 256 random blocks of 64 cells are read
 from each in turn, round after round. "Two" keeps genes and counts in arrays of uint16, "one" packs both into
-uint32.
+uint32; "a block" makes every block a chunk, filled up to the longest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Layout:
-    """Arrays of a variant, the elements of an inner chunk, and its compressor."""
+    """Arrays of a variant, the elements of an inner chunk (0: a block), and its compressor."""
 
     packed: bool
     chunk: int
@@ -46,7 +46,8 @@ class Layout:
 
     @property
     def label(self) -> str:
-        return f"{'one' if self.packed else 'two'}, {self.chunk:,}, {self.codec}"
+        chunk = f"{self.chunk:,}" if self.chunk else "a block"
+        return f"{'one' if self.packed else 'two'}, {chunk}, {self.codec}"
 
     def codecs(self) -> list[dict[str, Any]]:
         name, _, level = self.codec.partition("-")
@@ -61,8 +62,9 @@ class Layout:
 
 
 CHUNKS = (8_192, 16_384, 32_768, 65_536)
-OURS = Layout(True, 16_384, "lz4+shuffle-5")
+OURS = Layout(True, 0, "lz4+shuffle-5")
 LAYOUTS = [
+    *(Layout(True, 0, codec) for codec in ("lz4+shuffle-5", "lz4+bitshuffle-5", "zstd+shuffle-5")),
     *(Layout(packed, chunk, "lz4+shuffle-5") for chunk in CHUNKS for packed in (True, False)),
     *(Layout(packed, 16_384, "lz4+bitshuffle-5") for packed in (True, False)),
     Layout(True, 16_384, "zstd+shuffle-1"),
@@ -73,9 +75,10 @@ LAYOUTS = [
 
 
 def write(folder: Path, values: np.ndarray, layout: Layout) -> ts.TensorStore:
-    shard = -(-len(values) // layout.chunk) * layout.chunk
+    chunk = [layout.chunk] if layout.chunk else [1, values.shape[1]]
+    shard = [-(-len(values) // chunk[0]) * chunk[0], *chunk[1:]]
     sharding = {
-        "chunk_shape": [layout.chunk],
+        "chunk_shape": chunk,
         "codecs": [BYTES, *layout.codecs(), CHECKSUM],
         "index_codecs": [BYTES, CHECKSUM],
     }
@@ -85,9 +88,9 @@ def write(folder: Path, values: np.ndarray, layout: Layout) -> ts.TensorStore:
             "kvstore": {"driver": "file", "path": f"{folder}/"},
             "recheck_cached_data": False,
             "metadata": {
-                "shape": [len(values)],
+                "shape": list(values.shape),
                 "data_type": values.dtype.name,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard]}},
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             },
         },
@@ -102,7 +105,11 @@ def write(folder: Path, values: np.ndarray, layout: Layout) -> ts.TensorStore:
 def read(arrays: list[ts.TensorStore], starts: np.ndarray, blocks: np.ndarray) -> None:
     with ts.Batch() as batch:
         reads = [
-            array[int(starts[block]) : int(starts[block + 1])].read(batch=batch)
+            (
+                array[block, : int(starts[block + 1] - starts[block])]
+                if array.rank == 2
+                else array[int(starts[block]) : int(starts[block + 1])]
+            ).read(batch=batch)
             for block in blocks.tolist()
             for array in arrays
         ]
@@ -117,13 +124,15 @@ def main(arguments: Arguments) -> None:
     starts = cells.offsets[::BLOCK]
     genes, counts = cells.genes.astype(np.uint16), cells.counts.astype(np.uint16)
     apart, packed = [genes, counts], [genes.astype(np.uint32) | counts.astype(np.uint32) << 16]
+    rows = np.zeros((len(starts) - 1, int(np.diff(starts).max())), np.uint32)
+    rows[np.arange(rows.shape[1]) < np.diff(starts)[:, None]] = packed[0]
     found: dict[Layout, list[tuple[float, float]]] = {layout: [] for layout in LAYOUTS}
     size: dict[Layout, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         opened = {}
         for number, layout in enumerate(LAYOUTS):
             folder = Path(scratch) / str(number)
-            values = packed if layout.packed else apart
+            values = ([rows], packed)[layout.chunk > 0] if layout.packed else apart
             opened[layout] = [write(folder / str(n), array, layout) for n, array in enumerate(values)]
             size[layout] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / n_cells
         for number in range(arguments.rounds + 1):

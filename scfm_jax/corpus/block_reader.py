@@ -38,14 +38,13 @@ class SlideIndex:
 
     arrays: SlideArrays
     nnz: UInt16[np.ndarray, " cells"]
-    block_starts: Int64[np.ndarray, " blocks_and_end"]
     overflow_position: Int64[np.ndarray, " m"]
     overflow_count: Int32[np.ndarray, " m"]
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes, about: open arrays take some kilobytes each."""
-        return _OPEN_BYTES + self.nnz.nbytes + self.block_starts.nbytes
+        return _OPEN_BYTES + self.nnz.nbytes
 
 
 class BlockReader:
@@ -140,14 +139,14 @@ class BlockReader:
                 record = self._records[slide]
                 place, panel = self._root / record["folder"], self._panel_sizes[record["panel"]]
                 arrays = SlideArrays(place, record, self._n_genes, panel, self._context)
-                names = ["nnz", "block_starts"]
+                names = ["nnz"]
                 names += ["overflow_position", "overflow_count"] if record["overflow"] else []
                 arrays.open(["entries", *names])
                 reads[slide] = arrays, [(name, arrays[name].read()) for name in names]
         for slide, (arrays, parts) in reads.items():
             values = [arrays.result(name, read) for name, read in parts]
             empty = (np.empty(0, np.int64), np.empty(0, np.int32))
-            found[slide] = SlideIndex(arrays, *values[:2], *(values[2:] or empty))
+            found[slide] = SlideIndex(arrays, values[0], *(values[1:] or empty))
         with self._lock:
             for slide in reads:
                 if slide not in self._indexes:
@@ -184,27 +183,21 @@ class BlockReader:
         return bounds, list(zip(slides.tolist(), start.tolist(), (start + np.diff(bounds)).tolist()))
 
     def read(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
-        """Read blocks, given ascending, in one batch: a request for each run of blocks."""
-        bounds, found = self._runs(numbers)
-        indexes = self.indexes(sorted({slide for slide, _, _ in found}))
+        """Read blocks, given ascending, in one batch: a request for each."""
+        slides = self.slides_of(numbers)
+        indexes = self.indexes(np.unique(slides).tolist())
+        local = numbers - self.first_block[slides]
+        length = np.zeros((len(numbers), BLOCK), np.int64)
         reads = []
         with ts.Batch() as batch:
-            for slide, start, stop in found:
+            for row, slide, block in zip(length, slides.tolist(), local.tolist()):
                 index = indexes[slide]
-                values = slice(int(index.block_starts[start]), int(index.block_starts[stop]))
-                reads.append(index.arrays["entries"][values].read(batch=batch))
-        length = np.zeros((len(numbers), BLOCK), np.int64)
-        entries: list[np.ndarray] = []
-        for read, (slide, start, stop), first in zip(reads, found, bounds[:-1].tolist(), strict=True):
-            nnz = indexes[slide].nnz[start * BLOCK : stop * BLOCK]
-            length[first:].reshape(-1)[: len(nnz)] = nnz
-            entries.append(indexes[slide].arrays.result("entries", read))
-        part = np.repeat(np.arange(len(found)), np.diff(bounds))
-        ends = length.cumsum(1)
-        # Where each block begins within its part.
-        before = np.cumsum(ends[:, -1]) - ends[:, -1]
-        before -= before[bounds[:-1]][part]
-        return Blocks(numbers, part, np.pad(ends, ((0, 0), (1, 0))) + before[:, None], entries)
+                nnz = index.nnz[block * BLOCK : (block + 1) * BLOCK]
+                row[: len(nnz)] = nnz
+                array = index.arrays["entries"][block, : int(row.sum())]
+                reads.append((index.arrays, array.read(batch=batch)))
+        entries = [arrays.result("entries", read) for arrays, read in reads]
+        return Blocks(numbers, np.pad(length.cumsum(1), ((0, 0), (1, 0))), entries)
 
     def _read_column(
         self, name: str, numbers: Int64[np.ndarray, " blocks"], like: Shaped[np.ndarray, "n ..."]
@@ -257,8 +250,7 @@ class BlockReader:
 
     def _entries_before(self, index: SlideIndex, block: int, place: int) -> int:
         """Non-zeros of the slide before a cell."""
-        within = index.nnz[block * BLOCK : block * BLOCK + place]
-        return int(index.block_starts[block]) + int(within.sum(dtype=np.int64))
+        return int(index.nnz[: block * BLOCK + place].sum(dtype=np.int64))
 
 
 def join(

@@ -19,15 +19,13 @@ from scfm_jax.corpus.store import BLOCK
 class Blocks:
     """Whole blocks of cells that were read, numbers ascending.
 
-    ``entries`` is in parts, as they were read: each run of blocks one part. ``starts`` holds, for each block,
-    where each of its cells begins in its ``part``, and where the last one ends; cells that a last block lacks
-    are empty.
+    ``starts`` holds where each cell of a block begins in its ``entries``, and where the last one ends; cells
+    that a last block lacks are empty.
     """
 
     numbers: Int64[np.ndarray, " blocks"]
-    part: Int64[np.ndarray, " blocks"]
     starts: Int64[np.ndarray, "blocks cells_and_end"]
-    entries: list[UInt[np.ndarray, " part"]]
+    entries: list[UInt[np.ndarray, " of_block"]]
 
     def find(self, numbers: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return the place of each block, -1 where it is not here."""
@@ -39,8 +37,7 @@ class Blocks:
     ) -> list[UInt[np.ndarray, " nnz"]]:
         """The entries of cells by place of the block and place within it, without a copy."""
         starts, stops = self.starts[at, cells].tolist(), self.starts[at, cells + 1].tolist()
-        parts = self.part[at].tolist()
-        return [self.entries[part][a:b] for part, a, b in zip(parts, starts, stops)]
+        return [self.entries[block][a:b] for block, a, b in zip(at.tolist(), starts, stops)]
 
 
 class EntryRing:
@@ -87,7 +84,7 @@ class EntryRing:
             return
         self._make_room(n, m)
         slot, value = self._next_slot, self._next_value
-        self._starts[slot : slot + n] = blocks.starts + (value + ends[blocks.part])[:, None]
+        self._starts[slot : slot + n] = blocks.starts + (value + ends[:-1])[:, None]
         np.concatenate(blocks.entries, out=self._entries[value : value + m])
         self._slots[blocks.numbers] = np.arange(slot + 1, slot + n + 1)
         self._held.append((blocks.numbers, slot, value))
@@ -157,14 +154,8 @@ class ColumnRing:
 
 
 def _only(blocks: Blocks, chosen: Bool[np.ndarray, " blocks"]) -> Blocks:
-    starts = blocks.starts[chosen]
-    entries = [
-        blocks.entries[part][first:last]
-        for part, first, last in zip(
-            blocks.part[chosen].tolist(), starts[:, 0].tolist(), starts[:, -1].tolist()
-        )
-    ]
-    return Blocks(blocks.numbers[chosen], np.arange(len(starts)), starts - starts[:, :1], entries)
+    entries = [blocks.entries[number] for number in np.flatnonzero(chosen).tolist()]
+    return Blocks(blocks.numbers[chosen], blocks.starts[chosen], entries)
 
 
 def runs(*numbers: Sequence[int] | Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " runs_and_end"]:

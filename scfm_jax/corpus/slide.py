@@ -17,6 +17,7 @@ from scfm_jax.corpus.neighbours import nearest, spacing_warnings
 from scfm_jax.corpus.sources import Source
 from scfm_jax.corpus.store import (
     BLOCK,
+    LAYOUTS,
     SCALED_TOTAL,
     ArrayWriter,
     StoreOptions,
@@ -82,7 +83,7 @@ def write_slide(
     of each file.
     """
     source = content.source
-    nnz, overflow = _write_counts(folder, rows, content, options)
+    counts = _write_counts(folder, rows, content, options)
     for name in ("source_row", "total_raw", "total_matched"):
         write_array(folder, name, name, getattr(content, name), options)
     classes = {}
@@ -109,8 +110,7 @@ def write_slide(
             # 1 and 1.0 are one length, and must give one hash.
             "um_per_unit": None if source.um_per_unit is None else float(source.um_per_unit),
             "n_cells": len(content.source_row),
-            "nnz": nnz,
-            "overflow": overflow,
+            **counts,
             "n_neighbours": n_neighbours if source.spatial else 0,
             "codec": options.codec,
             "shard_factor": options.shard_factor,
@@ -128,30 +128,38 @@ def write_slide(
 
 def _write_counts(
     folder: Path, rows: Iterable[sparse.csr_array], content: SlideContent, options: StoreOptions
-) -> tuple[int, int]:
-    """Write the counts; return how many are not zero, and how many of these are in the overflow table."""
+) -> dict[str, int]:
+    """Write the counts; return what the record says of them."""
     layout = entry_layout(content.n_genes)
-    writer = ArrayWriter(folder, "entries", layout, options)
     lengths, positions, large, nnz, done = [], [], [], 0, 0
     scaled_sum, expressing = np.zeros(content.n_genes), np.zeros(content.n_genes, np.int64)
-    for band in rows:
-        scale = SCALED_TOTAL / np.maximum(content.total_matched[done : done + band.shape[0]], 1)
-        scaled = band.data * np.repeat(scale, np.diff(band.indptr))
-        np.add.at(scaled_sum, band.indices, scaled)  # in order, so that bands of any size give one sum
-        expressing += np.bincount(band.indices, minlength=content.n_genes)
-        done += band.shape[0]
-        entries, overflow = pack(band.indices, band.data, layout)
-        writer.append(entries)
-        positions.append(overflow + nnz)
-        large.append(band.data[overflow])
-        lengths.append(np.diff(band.indptr))
-        nnz += band.nnz
+    # How long the rows must be is known only when the last one is.
+    flat = folder.with_name(f"{folder.name}.entries")
+    with flat.open("wb") as file:
+        for band in rows:
+            scale = SCALED_TOTAL / np.maximum(content.total_matched[done : done + band.shape[0]], 1)
+            scaled = band.data * np.repeat(scale, np.diff(band.indptr))
+            np.add.at(scaled_sum, band.indices, scaled)  # in order, so that bands of any size give one sum
+            expressing += np.bincount(band.indices, minlength=content.n_genes)
+            done += band.shape[0]
+            entries, overflow = pack(band.indices, band.data, layout)
+            entries.tofile(file)
+            positions.append(overflow + nnz)
+            large.append(band.data[overflow])
+            lengths.append(np.diff(band.indptr))
+            nnz += band.nnz
+    length = np.concatenate(lengths).astype(np.int64)
+    of_block = np.add.reduceat(length, np.arange(0, len(length), BLOCK))
+    longest = max(int(of_block.max()), 1)
+    writer = ArrayWriter(folder, "entries", layout, options, longest)
+    with flat.open("rb") as file:
+        for size in of_block.tolist():
+            row = np.fromfile(file, LAYOUTS[layout].dtype, size)
+            writer.append(np.pad(row, (0, longest - size))[None])
     writer.close()
-    length = np.concatenate(lengths)
-    starts = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+    flat.unlink()
     arrays = {
         "nnz": length,
-        "block_starts": np.append(starts[:-1:BLOCK], nnz),
         "overflow_position": np.concatenate(positions),
         "overflow_count": np.concatenate(large),
         "scaled_sum": scaled_sum[content.panel],
@@ -159,7 +167,7 @@ def _write_counts(
     }
     for name, values in arrays.items():
         write_array(folder, name, name, values, options)
-    return nnz, len(arrays["overflow_position"])
+    return {"nnz": nnz, "longest_block": longest, "overflow": len(arrays["overflow_position"])}
 
 
 def _write_space(

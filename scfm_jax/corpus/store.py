@@ -1,12 +1,12 @@
 """The arrays of one slide on disk: zarr v3 with the sharding codec, through TensorStore.
 
-One folder a slide. ``entries`` holds the non-zeros of its cells, cell after cell, genes ascending within a
-cell: the gene in the lower 16 bits and the count in the upper 16 (32 and 32 for a vocabulary of over 65,536
-genes), so that one read brings both. ``nnz`` says how many each cell has and ``block_starts`` where each
-block of `BLOCK` cells begins. A count that does not fit is stored as the largest that does, and kept in full
-in the overflow table. ``scaled_sum`` and ``expressing`` hold, for each gene of the slide's panel, the sum
-over its cells of counts scaled to 10,000 a cell, and how many cells express it: what technology means are
-made of.
+One folder a slide. ``entries`` holds the non-zeros of its cells, a row for each block of `BLOCK` cells, cell
+after cell, genes ascending within a cell, filled up with zeros to the length of the longest row: the gene in
+the lower 16 bits and the count in the upper 16 (32 and 32 for a vocabulary of over 65,536 genes). So a block
+is one chunk, and one read brings it. ``nnz`` says how many non-zeros each cell has. A count that does not fit
+is stored as the largest that does, and kept in full in the overflow table. ``scaled_sum`` and ``expressing``
+hold, for each gene of the slide's panel, the sum over its cells of counts scaled to 10,000 a cell, and how
+many cells express it: what technology means are made of.
 
 A shard is never longer than its array, so that the index that a read begins with is short. Every inner chunk
 is blosc with shuffle under a CRC-32C, so a flipped byte is an error when it is read, never a wrong count.
@@ -46,14 +46,15 @@ class ArrayLayout:
     shard: int
 
 
+# Elements of a shard of entries, whose rows are as long as the longest block.
+SHARD_ENTRIES = 1 << 25
 _CELLS = {"chunk": 1 << 10, "shard": 1 << 20}
 LAYOUTS = {
-    "entries": ArrayLayout("uint32", 1 << 14, 1 << 25),
-    "entries_wide": ArrayLayout("uint64", 1 << 14, 1 << 24),
+    "entries": ArrayLayout("uint32", 1, SHARD_ENTRIES),
+    "entries_wide": ArrayLayout("uint64", 1, SHARD_ENTRIES),
     "overflow_position": ArrayLayout("int64", **_CELLS),
     "overflow_count": ArrayLayout("int32", **_CELLS),
     "nnz": ArrayLayout("uint16", **_CELLS),
-    "block_starts": ArrayLayout("int64", 1 << 14, 1 << 20),
     "x": ArrayLayout("float64", **_CELLS),
     "y": ArrayLayout("float64", **_CELLS),
     "total_raw": ArrayLayout("int32", **_CELLS),
@@ -85,6 +86,13 @@ class StoreOptions:
 def entry_layout(n_genes: int) -> str:
     """Name the layout of ``entries`` for a vocabulary of ``n_genes``."""
     return "entries" if n_genes <= 1 << 16 else "entries_wide"
+
+
+def shard_rows(layout: str, options: StoreOptions, width: int) -> int:
+    """Rows of a whole shard of an array whose rows have ``width`` elements."""
+    how = LAYOUTS[layout]
+    rows = max(how.shard // width, 1) if layout.startswith("entries") else how.shard
+    return rows * options.shard_factor
 
 
 def pack(
@@ -149,7 +157,7 @@ class ArrayWriter:
         how = LAYOUTS[layout]
         self._row = () if width is None else (width,)
         self._dtype = np.dtype(how.dtype)
-        self._shard = how.shard * options.shard_factor
+        self._shard = shard_rows(layout, options, width or 1)
         self._waiting: list[np.ndarray] = []
         self._n_waiting = self._n_written = 0
         self._layout, self._options = layout, options
@@ -219,8 +227,7 @@ class SlideArrays:
         self._entries = entry_layout(n_genes)
         n_cells = record["n_cells"]
         self._shapes: dict[str, tuple[int, ...]] = {
-            "entries": (record["nnz"],),
-            "block_starts": (-(-n_cells // BLOCK) + 1,),
+            "entries": (-(-n_cells // BLOCK), record["longest_block"]),
             "overflow_position": (record["overflow"],),
             "overflow_count": (record["overflow"],),
             "neighbours": (n_cells, record["n_neighbours"]),
@@ -267,7 +274,8 @@ class SlideArrays:
 
 def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptions) -> dict[str, Any]:
     how = LAYOUTS[layout]
-    shard = min(how.shard * options.shard_factor, max(-(-shape[0] // how.chunk), 1) * how.chunk)
+    width = shape[1] if len(shape) == 2 else 1
+    shard = min(shard_rows(layout, options, width), max(-(-shape[0] // how.chunk), 1) * how.chunk)
     byte_codec = {"name": "bytes", "configuration": {"endian": "little"}}
     blosc = {
         "cname": options.codec,

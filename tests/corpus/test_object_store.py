@@ -108,7 +108,7 @@ def test_throttling_and_dropped_connections_are_tried_again(tissue, write, serve
 
 def test_a_missing_object_is_named(tissue, write, server, prefix, capsys):
     build_corpus(prefix, [write(tissue)])
-    name = next(name for name in objects(server, prefix) if name.endswith("entries/c/0"))
+    name = next(name for name in objects(server, prefix) if name.endswith("entries/c/0/0"))
     Place(prefix).delete(name)
     slide = "tissue/s1" if "_s1-" in name else "tissue/s2"
     told = rf"{prefix}/slides/tissue_s\d-\w+/entries: slide '{slide}' cannot be read"

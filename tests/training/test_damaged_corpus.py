@@ -21,7 +21,7 @@ def test_training_stops_at_a_damaged_chunk(
 ) -> None:
     shutil.copytree(corpus_path, tmp_path / "corpus")
     (shard,) = (tmp_path / "corpus" / "slides").glob(
-        f"slide0-*/{array}/c/*" if array != "neighbours" else "slide0-*/neighbours/c/0/0"
+        f"slide0-*/{array}/c/*" if array not in ("entries", "neighbours") else f"slide0-*/{array}/c/0/0"
     )
     data = bytearray(shard.read_bytes())
     data[len(data) // 3] ^= 4
@@ -40,7 +40,7 @@ def test_the_command_says_it_in_one_line(
     corpus_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(corpus_path, tmp_path / "corpus")
-    (shard,) = (tmp_path / "corpus" / "slides").glob("slide0-*/entries/c/0")
+    (shard,) = (tmp_path / "corpus" / "slides").glob("slide0-*/entries/c/0/0")
     shard.unlink()
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
