@@ -99,6 +99,13 @@ class Cells:
         """Raw counts."""
         return unpack_counts(self.entries)
 
+    def rows(self, start: int, stop: int) -> Cells:
+        """Cells `start` to `stop` of these: views, unpacked with the others."""
+        first, last = self.offsets[start], self.offsets[stop]
+        part = Cells(self.entries[first:last], self.offsets[start : stop + 1] - first)
+        part.__dict__.update(genes=self.genes[first:last], counts=self.counts[first:last])
+        return part
+
 
 class Pool:
     """Cells whose blocks are decoded in memory; they are copied out in parts."""

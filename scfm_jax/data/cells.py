@@ -17,6 +17,7 @@ from scfm_jax.data.stream import ShardStreams
 from scfm_jax.errors import InputError
 
 _WITHOUT_END = 1 << 40
+_GATHERED = 512  # cells that are copied out of a pool together
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,18 @@ class CellBatches:
         missing = self._batch_size
         for pool, position in pools:
             at, until = max(begin - position, 0), min(end - position, len(pool.index))
-            while at < until:
-                taken = min(missing, until - at)
-                parts.append(CellBatch(pool.index[at : at + taken], pool.cells(at, at + taken)))
-                at, missing = at + taken, missing - taken
-                if not missing:
-                    yield _join(parts)
-                    parts, missing = [], self._batch_size
+            for first in range(at, until, _GATHERED):
+                # Some batches at once: every step of NumPy has to wait for the threads that read.
+                cells = pool.cells(first, min(first + _GATHERED, until))
+                within, n_cells = 0, min(_GATHERED, until - first)
+                while within < n_cells:
+                    stop = min(within + missing, n_cells)
+                    index = pool.index[first + within : first + stop]
+                    parts.append(CellBatch(index, cells.rows(within, stop)))
+                    within, missing = stop, missing - len(index)
+                    if not missing:
+                        yield _join(parts)
+                        parts, missing = [], self._batch_size
 
     def _read_pool(self, number: int) -> tuple[Pool, int]:
         cells, first = self._streams.pool(self._shard, number)
