@@ -8,12 +8,9 @@ mask.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Int, Integer, UInt32
 
@@ -21,7 +18,6 @@ Words: TypeAlias = Any  # uint32 arrays, NumPy's or JAX's
 
 _PARITY = np.uint32(0x1BD11BDA)
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_DRAWN = (1 << 12, 1 << 17)  # numbers that a compiled call draws
 
 
 def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Words, Words]:
@@ -80,38 +76,28 @@ def host_mask_bits(
     cell: UInt32[np.ndarray, " n"],
     gene: Integer[np.ndarray, "n g"],
 ) -> UInt32[np.ndarray, "n g"]:
-    """`mask_bits` for the loader, compiled by XLA for the host's processor: a hundred passes become one.
-
-    Where JAX was started without its CPU backend NumPy draws the same bits, in about five times the time.
-    """
-    draw = _compiled_draw()
-    if draw is None:
-        return mask_bits(seed, step, cell, gene)
-    keys = [np.repeat(word, gene.shape[1]) for word in threefry2x32((seed[:1], seed[1:]), (step, cell))]
-    genes = np.ascontiguousarray(gene, np.uint32).ravel()
-    bits = np.empty(genes.size, np.uint32)
-    for start in range(0, genes.size, _DRAWN[-1]):
-        values = [array[start : start + _DRAWN[-1]] for array in (*keys, genes)]
-        n = len(genes[start : start + _DRAWN[-1]])
-        # Few lengths, since each is a compilation.
-        length = next(length for length in _DRAWN if length >= n)
-        bits[start : start + n] = draw(*(np.pad(array, (0, length - n)) for array in values))[:n]
-    return bits.reshape(gene.shape)
-
-
-@functools.cache
-def _compiled_draw() -> Callable[..., np.ndarray] | None:
-    try:
-        processor = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
-    draw = jax.jit(lambda first, second, gene: threefry2x32((first, second), (gene, gene ^ gene))[0])
-
-    def on_host(*words: np.ndarray) -> np.ndarray:
-        with jax.default_device(processor):
-            return np.asarray(draw(*words))
-
-    return on_host
+    """`mask_bits` in less time, for NumPy alone: in place, and without what only the second word needs."""
+    key = [word[:, None] for word in threefry2x32((seed[:1], seed[1:]), (step, cell))]
+    schedule = (*key, key[0] ^ key[1] ^ _PARITY)
+    rotations = [rotation for group in range(5) for rotation in _ROTATIONS[group % 2]]
+    # Before the first round the second word is the same for all genes.
+    x0 = gene.astype(np.uint32)
+    x0 += key[0] + key[1]
+    x1 = x0 ^ (key[1] << np.uint32(rotations[0]) | key[1] >> np.uint32(32 - rotations[0]))
+    spare = np.empty_like(x0)
+    for done, rotation in enumerate(rotations[1:-1], 2):
+        x0 += x1
+        np.left_shift(x1, np.uint32(rotation), out=spare)
+        x1 >>= np.uint32(32 - rotation)
+        x1 |= spare
+        x1 ^= x0
+        group, within = divmod(done, 4)
+        if not within:
+            x0 += schedule[group % 3]
+            x1 += schedule[(group + 1) % 3] + np.uint32(group)
+    x0 += x1
+    x0 += schedule[5 % 3]
+    return x0
 
 
 def under(bits: UInt32[Words, "n g"], rate: float) -> Bool[Words, "n g"]:

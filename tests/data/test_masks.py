@@ -11,7 +11,6 @@ import pytest
 from jax.extend.random import threefry_2x32
 from scipy import stats
 
-from scfm_jax.data import masks
 from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, mask_bits, seed_words, threefry2x32
 
 RATES = MaskRates(nonzero=0.3, zero=0.03)
@@ -67,14 +66,11 @@ def test_numpy_and_jit_draw_the_same_mask():
     assert np.array_equal(masked, column_mask(bits(), counts, RATES)) and masked.any()
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(("seed", "width"), [(0, 1), (11, 57), (2**32 - 1, 9_001)])
-def test_the_hosts_quick_bits_are_the_same(seed, width, compiled, monkeypatch):
-    genes = np.random.default_rng(0).integers(0, 2**31, (len(CELL), width))
+@pytest.mark.parametrize("seed", [0, 11, 2**32 - 1])
+def test_the_hosts_quick_bits_are_the_same(seed):
+    genes = np.random.default_rng(0).integers(0, 2**31, (len(CELL), 57))
     steps = np.random.default_rng(1).integers(0, 2**32, len(CELL), dtype=np.uint32)
     there = jax.jit(mask_bits)(seed_words(seed), steps, CELL, genes.astype(np.uint32))
-    if not compiled:
-        monkeypatch.setattr(masks, "_compiled_draw", lambda: None)
     assert np.array_equal(host_mask_bits(seed_words(seed), steps, CELL, genes), there)
 
 
