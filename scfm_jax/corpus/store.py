@@ -48,6 +48,7 @@ class ArrayLayout:
 
 # Elements of a shard of entries, whose rows are as long as the longest block.
 SHARD_ENTRIES = 1 << 25
+# A corpus is read by these and not by what its arrays say: to change one is a new schema.
 _CELLS = {"chunk": 1 << 10, "shard": 1 << 20}
 LAYOUTS = {
     "entries": ArrayLayout("uint32", 1, SHARD_ENTRIES),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import anndata as ad
 import h5py
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from scfm_jax.corpus import Corpus, build_corpus, matrix, spool, verify_corpus
+from scfm_jax.corpus import Corpus, build_corpus, matrix, spool, store, verify_corpus
 from scfm_jax.corpus.slide import write_slide
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Vocabulary
@@ -183,6 +184,33 @@ def test_counts_over_16_bits_survive(tissue, write, tmp_path):
     np.testing.assert_array_equal(
         as_matrix(corpus).toarray(), in_vocabulary_order(tissue, corpus)[corpus.column("source_row")]
     )
+
+
+def test_arrays_of_many_shards_hold_the_same(tissue, write, tmp_path, monkeypatch):
+    source, index = write(tissue), np.random.default_rng(0).permutation(tissue.n_obs)
+
+    def read(name):
+        corpus = Corpus.open(tmp_path / name)
+        columns = [corpus.column(column) for column in ("x", "total_raw", "source_row", "n_genes")]
+        return [
+            as_matrix(corpus).toarray(),
+            corpus.cells(index).counts,
+            corpus.neighbours(index, 64),
+            *columns,
+        ]
+
+    build_corpus(tmp_path / "one", [source])
+    expected = read("one")
+    small = {name: replace(how, chunk=min(how.chunk, 16), shard=64) for name, how in store.LAYOUTS.items()}
+    small["entries"] = replace(store.LAYOUTS["entries"], shard=1)
+    monkeypatch.setattr(store, "LAYOUTS", small)
+    build_corpus(tmp_path / "many", [source])
+    for array in ("entries", "neighbours", "source_row"):
+        shards = (tmp_path / "many").glob(f"slides/*s1*/{array}/c/**/*")
+        assert len([path for path in shards if path.is_file()]) > 2
+    for one, other in zip(read("many"), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert verify_corpus(tmp_path / "many") == []
 
 
 def test_dissociated_cells_are_shuffled_and_have_no_space(tissue, write, tmp_path):
