@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -16,12 +16,12 @@ from scfm_jax.corpus.manifest import (
     SLIDE,
     VOCABULARY,
     canonical_json,
+    read_checked,
     sha256_bytes,
     write_manifest,
 )
 from scfm_jax.corpus.place import Place, remote_context
 from scfm_jax.corpus.store import SlideArrays
-from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 
 _PACKAGES = ("scfm_jax", "anndata", "numpy", "scipy", "tensorstore")
@@ -30,20 +30,21 @@ _AT_ONCE = 256
 
 def assemble(
     place: Place,
-    folders: Sequence[str],
+    slides: Mapping[str, str],
     vocabulary: Vocabulary,
     settings: dict[str, Any],
     files: Sequence[dict[str, Any]],
     history: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Make the slides in ``folders`` the corpus at ``place``.
+    """Make slides the corpus at ``place``.
 
     Parameters
     ----------
     place
         Where.
-    folders
-        Folder of each slide, in the order of their cells: below ``place``, or a place of its own.
+    slides
+        Folder of each slide, in the order of their cells, below ``place`` or a place of its own; and the
+        SHA-256 of its ``slide.json``.
     vocabulary
         Of all of them.
     settings
@@ -57,7 +58,8 @@ def assemble(
     -------
     The report.
     """
-    texts = read_slides(place, folders)
+    folders = list(slides)
+    texts = read_checked(place, [f"{folder}/{SLIDE}" for folder in folders], list(slides.values()))
     found = [json.loads(text) for text in texts]
     panels: dict[tuple[int, ...], int] = {}
     classes: dict[str, set[str]] = {}
@@ -107,24 +109,6 @@ def assemble(
     )
     _clear(place, {sums_name, report_name}, set(folders))
     return report
-
-
-def read_slides(place: Place, folders: Sequence[str]) -> list[bytes]:
-    """The ``slide.json`` of each folder.
-
-    Raises
-    ------
-    InputError
-        One is not there.
-    """
-    texts: list[bytes] = []
-    for folder, text in zip(
-        folders, place.read_all([f"{folder}/{SLIDE}" for folder in folders]), strict=True
-    ):
-        if text is None:
-            raise InputError(place / folder, f"has no {SLIDE}", "restore it, or build the corpus again")
-        texts.append(text)
-    return texts
 
 
 def _clear(place: Place, files: set[str], folders: set[str]) -> None:

@@ -26,7 +26,7 @@ from scfm_jax.corpus.check import (
     report_source,
     request_hash,
 )
-from scfm_jax.corpus.manifest import BUILDING, MANIFEST, SCHEMA, read_manifest
+from scfm_jax.corpus.manifest import BUILDING, MANIFEST, SCHEMA, canonical_json, read_manifest, sha256_bytes
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.reader import Corpus
 from scfm_jax.corpus.sources import Source
@@ -185,7 +185,7 @@ def add_sources(
     with _keeping_finished(place):
         report = assemble(
             place,
-            [*(record["folder"] for record in manifest["slides"]), *folders],
+            {record["folder"]: record["checksum"] for record in manifest["slides"]} | folders,
             corpus.vocabulary,
             settings,
             [*corpus.report["files"], *reports],
@@ -222,12 +222,12 @@ class _Work:
 
     def run(
         self, workers: int, scheduler: str | None, tell: Progress
-    ) -> tuple[list[str], list[dict[str, Any]]]:
-        """Write the slides; return their folders and the report of each source."""
+    ) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        """Write the slides; return their folders with their checksums, and the report of each source."""
         total = 2 * sum(outline.n_cells for outline in self._outlines)
         done = 0
         jobs = [
-            CountJob(outline.source, alignment.target, self._settings["min_counts"])
+            CountJob(outline.source.absolute(), alignment.target, self._settings["min_counts"])
             for outline, alignment in zip(self._outlines, self._alignments)
         ]
         counted: dict[int, Counted] = {}
@@ -250,12 +250,12 @@ class _Work:
                 written[number] = slides
                 done += sum(slide["record"]["n_cells"] for _, slide in slides)
                 tell(f"wrote {', '.join(slide['record']['name'] for _, slide in slides)}", done, total)
-        folders: list[str] = []
+        folders: dict[str, str] = {}
         for report in reports:
             report["slides"] = []
         for number, owner in enumerate(owners):
             for folder, slide in written[number]:
-                folders.append(folder)
+                folders[folder] = sha256_bytes(canonical_json(slide))
                 reports[owner]["slides"].append(slide["record"]["name"])
                 _warn(reports[owner], slide["record"]["name"], slide["warnings"])
         tell("every slide is written", total, total)
@@ -273,8 +273,8 @@ class _Work:
                 owners.append(number)
                 jobs.append(
                     WriteJob(
-                        place=str(self._place),
-                        source=outline.source,
+                        place=self._place.absolute,
+                        source=outline.source.absolute(),
                         target=alignment.target,
                         totals=counted[number].totals,
                         sections=sections,
@@ -338,6 +338,9 @@ def _keeping_finished(place: Place) -> Iterator[None]:
         yield
     except BaseException:
         clear_scratch(place)
+        if not place.names(f"{FINISHED}/") and place.read(MANIFEST) is None:
+            # A slide may be in place, or half uploaded, and not yet marked.
+            place.delete("slides/")
         if not place.names(f"{FINISHED}/"):
             place.delete(f"{BUILDING}/")
             if place.is_local:

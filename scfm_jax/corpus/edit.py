@@ -60,11 +60,11 @@ def merge_corpora(out: str | Path, paths: Sequence[str | Path]) -> dict[str, Any
         place.path.mkdir(parents=True)
     return assemble(
         place,
-        [
-            _seen_from(place, Place(corpus.path) / record["folder"])
+        {
+            _seen_from(place, Place(corpus.path) / record["folder"]): record["checksum"]
             for corpus in corpora
             for record in corpus.manifest["slides"]
-        ],
+        },
         first.vocabulary,
         settings,
         [file for corpus in corpora for file in corpus.report["files"]],
@@ -104,7 +104,7 @@ def remove_slides(path: str | Path, names: Sequence[str]) -> dict[str, Any]:
         file["slides"] = [name for name in file["slides"] if name not in names]
     return assemble(
         place,
-        [record["folder"] for record in left],
+        {record["folder"]: record["checksum"] for record in left},
         corpus.vocabulary,
         {name: corpus.manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")},
         files,
@@ -114,4 +114,6 @@ def remove_slides(path: str | Path, names: Sequence[str]) -> dict[str, Any]:
 
 def _seen_from(place: Place, slide: Place) -> str:
     """How ``place`` names a slide elsewhere: relative where both are local, so that both may be moved."""
-    return os.path.relpath(slide.path, place.path) if place.is_local and slide.is_local else str(slide)
+    if slide.is_local and not place.is_local:
+        raise InputError(place, f"is in a bucket, {slide} is not", "copy that corpus to a bucket first")
+    return os.path.relpath(slide.path, place.path) if slide.is_local else str(slide)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checked(place: Place, names: Sequence[str], checksums: Sequence[str]) -> list[bytes]:
+    """Read objects that must be what they were.
+
+    Raises
+    ------
+    InputError
+        One is missing, or its SHA-256 is another.
+    """
+    texts: list[bytes] = []
+    for name, checksum, text in zip(names, checksums, place.read_all(names), strict=True):
+        if text is None or sha256_bytes(text) != checksum:
+            problem = "it is missing" if text is None else "it was changed since it was written"
+            raise InputError(
+                place / name, problem, "restore it: scfm corpus verify names all that is damaged"
+            )
+        texts.append(text)
+    return texts
 
 
 def corpus_hash(manifest: dict[str, Any]) -> str:

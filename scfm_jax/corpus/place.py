@@ -52,7 +52,9 @@ class Place:
             if not bucket:
                 raise InputError(text, "names no bucket", f"write {scheme}BUCKET/PREFIX")
             self._bucket, self._driver = bucket, _BUCKET_DRIVERS[scheme]
-            self._root = posixpath.normpath(prefix).strip("/.") if prefix else ""
+            if ".." in prefix.split("/"):
+                raise InputError(text, "the prefix has .. in it", "write it out")
+            self._root = "" if prefix.strip("/.") == "" else posixpath.normpath(prefix).strip("/")
             self._text = f"{scheme}{bucket}/{self._root}"
 
     def __str__(self) -> str:
@@ -63,6 +65,11 @@ class Place:
         if "://" in name or name.startswith("/"):
             return Place(name)
         return Place(str(Path(self._text) / name) if self.is_local else f"{self._text}/{name}")
+
+    @property
+    def absolute(self) -> str:
+        """Its location as a process elsewhere names it."""
+        return self._root if self.is_local else self._text
 
     @property
     def path(self) -> Path:
@@ -95,7 +102,9 @@ class Place:
         found: list[bytes | None] = []
         for first in range(0, len(names), _AT_ONCE):
             part = names[first : first + _AT_ONCE]
-            for name, future in zip(part, map(self._ask, part), strict=True):
+            # All are asked before the first is waited for.
+            asked = [self._ask(name) for name in part]
+            for name, future in zip(part, asked, strict=True):
                 result = self._result(future, name)
                 found.append(bytes(result.value) if result.state == "value" else None)
         return found

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
 
 from scfm_jax.corpus.block_reader import BlockReader
-from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_manifest, sha256_bytes
+from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_checked, read_manifest
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.store import BLOCK, LAYOUTS, entry_layout, unpack_counts, unpack_genes
 from scfm_jax.errors import InputError
@@ -216,7 +216,9 @@ class Corpus:
     @functools.cached_property
     def report(self) -> dict[str, Any]:
         """The report of the build (see `build_corpus`)."""
-        return json.loads(self._place.read(self.manifest["provenance"]["report"]) or b"{}")
+        provenance = self.manifest["provenance"]
+        (text,) = read_checked(self._place, [provenance["report"]], [provenance["report_checksum"]])
+        return json.loads(text)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -382,10 +384,8 @@ class Corpus:
 
     @functools.cached_property
     def _technology_sums(self) -> Float64[np.ndarray, "2 technologies n_genes"]:
-        name = self.manifest["technology_sums"]
-        data = self._place.read(name) or b""
-        if sha256_bytes(data) != self.manifest["technology_sums_checksum"]:
-            raise InputError(self._place / name, "it is missing or was changed", "restore it from a copy")
+        names, checksums = ([self.manifest[f"technology_sums{end}"]] for end in ("", "_checksum"))
+        (data,) = read_checked(self._place, names, checksums)
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     def _by_block(self, name: str, index: Int[np.ndarray, " n"]) -> Shaped[np.ndarray, " n"]:
@@ -431,8 +431,9 @@ class Corpus:
     def _slide_labels(self, slide: int) -> dict[str, tuple[int, Int32[np.ndarray, " classes"]]]:
         """From label to its array's number and the corpus's code of each slide code; the last is for -1."""
         if slide not in self._labels:
-            folder = self._place / self.manifest["slides"][slide]["folder"]
-            classes = json.loads(folder.read(SLIDE) or b"{}")["labels"]
+            record = self.manifest["slides"][slide]
+            (text,) = read_checked(self._place, [f"{record['folder']}/{SLIDE}"], [record["checksum"]])
+            classes = json.loads(text)["labels"]
             self._labels[slide] = {
                 name: (
                     number,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -78,6 +78,11 @@ class Source:
     def stem(self) -> str:
         """What the names of its slides begin with."""
         return self.name or Path(self.path).stem
+
+    def absolute(self) -> Source:
+        """The same, for a process in another working directory."""
+        cells = None if self.cells is None else str(Path(self.cells).absolute())
+        return replace(self, path=str(Path(self.path).absolute()), cells=cells)
 
     def __post_init__(self) -> None:
         for name in ("species", "technology", "name"):

@@ -59,9 +59,16 @@ def verify_corpus(path: str | Path) -> list[str]:
         problems += _compare(place, name, checksum, "")
     with ThreadPoolExecutor(n_cores()) as pool:
         records = manifest["slides"]
-        for found in pool.map(lambda record: list(_verify_slide(place / record["folder"], record)), records):
+        for found in pool.map(lambda record: _slide_problems(place / record["folder"], record), records):
             problems += found
     return problems
+
+
+def _slide_problems(folder: Place, record: dict[str, Any]) -> list[str]:
+    try:
+        return list(_verify_slide(folder, record))
+    except InputError as error:
+        return [f"{error} (slide {record['name']})"]
 
 
 def _verify_slide(folder: Place, record: dict[str, Any]) -> Iterator[str]:

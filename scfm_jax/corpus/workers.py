@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from scfm_jax.errors import InputError
@@ -13,6 +14,7 @@ from scfm_jax.errors import InputError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _DASK_SECONDS = 10
+_KILLED = "give them more memory or take fewer, and run the same again: it goes on"
 
 
 def n_cores() -> int:
@@ -59,6 +61,8 @@ def run_jobs(
             try:
                 for future in as_completed(number_of):
                     yield number_of[future], future.result()
+            except BrokenProcessPool:
+                raise InputError("--workers", "a worker was killed", _KILLED) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -87,6 +91,8 @@ def _run_on_dask(
         try:
             for future in distributed.as_completed(number_of, loop=client.loop):
                 yield number_of[future], future.result()
+        except distributed.scheduler.KilledWorker:
+            raise InputError("--scheduler", "a worker was killed", _KILLED) from None
         except BaseException:
             client.cancel(list(number_of))
             raise

@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from scfm_jax.corpus.check import slide_names
 from scfm_jax.corpus.counts_file import CountsFile, Totals
-from scfm_jax.corpus.manifest import BUILDING, SLIDE, canonical_json
+from scfm_jax.corpus.manifest import BUILDING, SLIDE, canonical_json, sha256_bytes
 from scfm_jax.corpus.neighbours import hilbert_order
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.slide import SlideContent, slide_folder, write_slide
@@ -77,7 +77,7 @@ def write_slides(job: WriteJob) -> list[tuple[str, dict[str, Any]]]:
                 threads=job.threads,
             )
             _put_in_place(place, folder, slide_folder(name))
-            place.write(_marker(name), marks[number])
+            place.write(_marker(name), marks[number] + _seal(done[number]))
     return [(slide_folder(content.name), slide) for content, slide in zip(contents, done) if slide]
 
 
@@ -139,4 +139,10 @@ def _marker(name: str) -> str:
 
 def _finished_slide(place: Place, name: str, mark: bytes) -> dict[str, Any] | None:
     marker, slide = place.read_all([_marker(name), f"{slide_folder(name)}/{SLIDE}"])
-    return json.loads(slide) if marker == mark and slide is not None else None
+    whole = marker is not None and slide is not None and marker == mark + sha256_bytes(slide).encode()
+    return json.loads(slide) if whole and slide is not None else None
+
+
+def _seal(slide: dict[str, Any] | None) -> bytes:
+    """What tells a ``slide.json`` that a crash of the machine cut short."""
+    return sha256_bytes(canonical_json(slide)).encode()

@@ -89,6 +89,8 @@ class CellBatches:
 
     def iterate(self, start: int = 0, stop: int = _WITHOUT_END) -> Iterator[CellBatch]:
         """Batches of steps `start` to `stop`, from pools that are read ahead (Grain: an element a pool)."""
+        if stop <= start:
+            return
         begin, end = start * self._batch_size, stop * self._batch_size
         numbers = (self._streams.pool_number(self._shard, position) for position in (begin, end - 1))
         options = grain.ReadOptions(num_threads=self._pools, prefetch_buffer_size=self._pools)

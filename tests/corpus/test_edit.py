@@ -199,3 +199,31 @@ def test_the_words_of_the_command_line(tissue, write, tmp_path, path, capsys):
     assert main(["corpus", "verify", str(tmp_path / "c")]) == 0
     assert main(["corpus", "merge", str(tmp_path / "d"), str(path)]) == 2
     assert "name two or more to merge" in capsys.readouterr().err
+
+
+def flip_label(path) -> None:
+    slide = next((path / "slides").glob("tissue_s2-*")) / "slide.json"
+    slide.write_bytes(slide.read_bytes().replace(b'"NK"', b'"NJ"'))
+
+
+def test_damage_is_never_made_part_of_a_new_manifest(tissue, write, tmp_path, path):
+    more = write(tissue, "more")
+    flip_label(path)
+    before = files(path)
+    told = r"slides/tissue_s2-\w+/slide.json: it was changed since it was written"
+    for change in (
+        lambda: remove_slides(path, ["tissue/s1"]),
+        lambda: add_sources(path, [more]),
+        lambda: merge_corpora(tmp_path / "both", [path, other(tissue, write, tmp_path, path)]),
+        lambda: Corpus.open(path).labels("type"),
+    ):
+        with pytest.raises(InputError, match=told):
+            change()
+    assert before.items() <= files(path).items() and len(verify_corpus(path)) == 1
+
+
+def other(tissue, write, tmp_path, path):
+    out = tmp_path / "second"
+    vocabulary = Corpus.open(path).vocabulary
+    build_corpus(out, [write(tissue, "second")], vocabulary=vocabulary, n_neighbours=9)
+    return out

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import boto3
 import numpy as np
 import pytest
@@ -157,4 +155,7 @@ def test_an_interrupted_build_goes_on_there(tissue, write, server, prefix, monke
 
 def test_a_bucket_of_google_is_specified_as_tensorstore_wants_it():
     assert Place("gs://bucket/a/b/").kvstore() == {"driver": "gcs", "bucket": "bucket", "path": "a/b/"}
-    assert json.dumps(str(Place("gs://bucket/a") / "x")) == '"gs://bucket/a/x"'
+    assert str(Place("gs://bucket/a") / "x") == "gs://bucket/a/x"
+    assert Place("s3://bucket/.data/v1.").kvstore()["path"] == ".data/v1./"
+    with pytest.raises(InputError, match=r"the prefix has \.\. in it"):
+        Place("s3://bucket/../x")

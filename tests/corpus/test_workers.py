@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 
 from scfm_jax.corpus import Corpus, Source, build_corpus, verify_corpus, workers
 from scfm_jax.corpus import build as build_module
+from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.workers import run_jobs
 from scfm_jax.errors import InputError
 
@@ -94,6 +97,43 @@ def test_no_scheduler_there_is_one_line(sources, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(InputError, match=r"install scfm_jax\[dask\]"):
         list(run_jobs(square, [1], scheduler="tcp://127.0.0.1:9"))
+
+
+def kill(number: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(InputError, match="a worker was killed; give them more memory or take fewer"):
+        list(run_jobs(kill, range(3), workers=2))
+
+
+def test_a_build_that_fails_before_its_first_mark_can_be_run_again(sources, expected, tmp_path, monkeypatch):
+    kept = Place.write
+
+    def full(place, name, data):
+        if "finished" in name:
+            raise OSError("disk full")
+        kept(place, name, data)
+
+    monkeypatch.setattr(Place, "write", full)
+    with pytest.raises(OSError, match="disk full"):
+        build_corpus(tmp_path / "out", sources)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    build_corpus(tmp_path / "out", sources)
+    assert Corpus.open(tmp_path / "out").hash == expected
+
+
+def test_a_slide_cut_short_by_a_crash_is_written_again(sources, expected, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "3", str(tmp_path / "out"), *(s.path for s in sources)], check=False
+    )
+    assert done.returncode == -9
+    slide = next((tmp_path / "out" / "slides").glob("*/slide.json"))
+    slide.write_bytes(slide.read_bytes()[:40])
+    build_corpus(tmp_path / "out", sources)
+    assert Corpus.open(tmp_path / "out").hash == expected and verify_corpus(tmp_path / "out") == []
 
 
 KILLED = """
