@@ -59,7 +59,7 @@ def corpus_build(
         vocabulary=chosen,
         min_counts=min_counts,
         n_neighbours=neighbours,
-        options=StoreOptions(codec, shard_factor=1 if Place(out).is_local else 2),
+        options=StoreOptions.suited_to(Place(out), codec),
         **sharing.read(sources),
         **given,
     )

@@ -123,7 +123,7 @@ def build_corpus(
         "min_counts": min_counts,
         "n_neighbours": n_neighbours,
     }
-    options = options or StoreOptions(shard_factor=1 if place.is_local else 2)
+    options = options or StoreOptions.suited_to(place)
     work = _Work(place, outlines, vocabulary, tables, settings, options)
     if exists:
         done = _report_of_request(place, work.request)
@@ -235,11 +235,10 @@ class _Work:
             counted[number] = result
             done += self._outlines[number].n_cells
             tell(f"checked {Path(self._outlines[number].source.path).name}", done, total)
-        reports, found = [], []
+        reports = []
         for number, (outline, alignment) in enumerate(zip(self._outlines, self._alignments)):
             report, warned = report_source(outline, counted[number], alignment, self._settings["min_counts"])
             reports.append(report)
-            found.append(warned)
             _warn(report, outline.source.path, warned)
         with _keeping_finished(self._place):
             clear_scratch(self._place)

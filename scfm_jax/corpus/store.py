@@ -83,6 +83,11 @@ class StoreOptions:
     codec: Codec = "lz4"
     shard_factor: int = 1
 
+    @classmethod
+    def suited_to(cls, place: Place, codec: Codec = "lz4") -> StoreOptions:
+        """Larger files in a bucket than in a folder."""
+        return cls(codec, shard_factor=1 if place.is_local else 2)
+
 
 def entry_layout(n_genes: int) -> str:
     """Name the layout of ``entries`` for a vocabulary of ``n_genes``."""

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from cell_files import in_raw
 from scipy import sparse
 
 from scfm_jax.corpus import Corpus, build_corpus, matrix, spool, store, verify_corpus
@@ -46,14 +47,6 @@ def in_layer(data: ad.AnnData) -> ad.AnnData:
     out = data.copy()
     out.layers["counts"] = data.X.astype(np.int64)
     out.X = data.X.log1p()
-    return out
-
-
-def in_raw(data: ad.AnnData) -> ad.AnnData:
-    out = data.copy()
-    out.raw = data
-    out = out[:, :7].copy()
-    out.X = out.X.log1p()
     return out
 
 
