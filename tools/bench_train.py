@@ -32,12 +32,11 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
 from scfm_jax.data.batch import Batch
 from scfm_jax.errors import InputError
-from scfm_jax.models.functional import abstract
 from scfm_jax.training.config import RunConfig, load_recipe, override
-from scfm_jax.training.mesh import batch_sharding, make_mesh, replicated
-from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.mesh import make_mesh
+from scfm_jax.training.step import make_program
 from scfm_jax.training.task import Task, make_task
-from scfm_jax.training.train import fresh_state, make_step, select_cells, state_shardings, to_devices
+from scfm_jax.training.train import select_cells, to_devices
 
 # With seed 0 the ladder of lengths was fitted to the first two windows themselves.
 FIRST_WINDOW = 2
@@ -182,17 +181,9 @@ class Stepper:
     """The training step of a run, compiled apart for each shape."""
 
     def __init__(self, config: RunConfig, task: Task) -> None:
-        self._mesh, key = make_mesh(config.mesh), jax.random.key(config.seed)
-        graph, shapes, names = abstract(task.build)
-        optimiser = make_optimiser(config.optimiser, names)
-        shardings = state_shardings(self._mesh, optimiser, shapes, names)
-        self._step = jax.jit(
-            make_step(config, graph, task, optimiser, key),
-            in_shardings=(shardings, batch_sharding(self._mesh)),
-            out_shardings=(shardings, replicated(self._mesh)),
-            donate_argnums=0,
-        )
-        self._state = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)()
+        self._mesh = make_mesh(config.mesh)
+        program = make_program(config, self._mesh, task)
+        self._step, self._state = program.step, program.fresh()
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
         self.compile_seconds: dict[tuple[int, int], float] = {}
 

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.loader import Loader, evaluation_batches
@@ -28,8 +27,8 @@ from scfm_jax.training.hosts import greatest_of_hosts
 
 
 @dataclass(frozen=True)
-class Task:
-    """A model family bound to a run and a corpus.
+class Learning:
+    """What the step computes: a model and its loss, without the cells.
 
     Attributes
     ----------
@@ -38,20 +37,32 @@ class Task:
     loss
         (module, batch, key) to sums over the batch, among them ``loss`` and ``weight``, whose ratio is
         minimised.
-    loader
-        (training cells, host) to the loader.
-    evaluation
-        Cells to batches that hold each of them once, with the mask of a constant step.
-    kinds, drawn
-        Names of the kinds of slides, and from cell numbers to how many there are of each kind.
+    drawn
+        From cell numbers to how many there are of each kind of slide.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
     loss: Callable[[Any, Any, jax.Array], dict[str, jax.Array]]
+    drawn: Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Task(Learning):
+    """A model family bound to a run and a corpus.
+
+    Attributes
+    ----------
+    loader
+        (training cells, host) to the loader.
+    evaluation
+        Cells to batches that hold each of them once, with the mask of a constant step.
+    kinds
+        Names of the kinds of slides.
+    """
+
     loader: Callable[[np.ndarray, tuple[int, int]], Loader]
     evaluation: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any]]]
     kinds: list[str]
-    drawn: Callable[[jax.Array], jax.Array]
 
 
 def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -61,6 +72,34 @@ def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Modu
         return lambda rngs: Nicheformer(niche_model, n_genes, rngs=rngs)
     model, _, objective = run.tissue()
     return lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs)
+
+
+def make_learning(
+    run: RunConfig, n_genes: int, slide_ends: np.ndarray, kind_of_slide: np.ndarray
+) -> Learning:
+    """What a step of `run` computes over a vocabulary of `n_genes`.
+
+    Parameters
+    ----------
+    slide_ends, kind_of_slide
+        The number of cells up to each slide's end, and the kind of each slide, counted from 0.
+    """
+    ends, of_slide = slide_ends.astype(np.uint32), kind_of_slide.astype(np.int32)
+    loss: Callable[..., Any]
+    if isinstance(run.model, NicheformerConfig):
+        loss = partial(masked_genes_loss, config=run.nicheformer()[2])
+    else:
+        model, _, objective = run.tissue()
+        coordinates = model.positions == "coordinates"
+        loss = partial(column_masking_loss, config=objective, n_genes=n_genes, coordinates=coordinates)
+    return Learning(
+        build=model_builder(run, n_genes),
+        loss=loss,
+        drawn=lambda cells: jnp.bincount(
+            jnp.asarray(of_slide)[jnp.searchsorted(jnp.asarray(ends), cells, side="right")],
+            length=int(of_slide.max()) + 1,
+        ),
+    )
 
 
 def make_task(run: RunConfig, corpus: Corpus) -> Task:
@@ -73,9 +112,15 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
     """
     objective = run.objective
     kinds, kind_of_slide = slide_kinds(corpus)
+    if isinstance(run.model, NicheformerConfig):
+        _check_sentences(run, corpus)
+    else:
+        _check_units(run, corpus)
+    learning = make_learning(run, len(corpus.vocabulary), corpus.slide_starts[1:], kind_of_slide)
     return Task(
-        build=model_builder(run, len(corpus.vocabulary)),
-        loss=_loss(run, corpus),
+        build=learning.build,
+        loss=learning.loss,
+        drawn=learning.drawn,
         loader=lambda cells, host: Loader(
             corpus,
             cells,
@@ -89,46 +134,27 @@ def make_task(run: RunConfig, corpus: Corpus) -> Task:
             corpus, cells, run.data, seed=run.seed, rates=objective.rates, draw=EVALUATION_STEP
         ),
         kinds=kinds,
-        drawn=_count_kinds(corpus, kind_of_slide, len(kinds)),
     )
 
 
-def _count_kinds(
-    corpus: Corpus, kind_of_slide: Int64[np.ndarray, " n"], n_kinds: int
-) -> Callable[[jax.Array], jax.Array]:
-    """Cell numbers, on a device, to how many there are of each kind of slide."""
-    ends, of_slide = corpus.slide_starts[1:].astype(np.uint32), kind_of_slide.astype(np.int32)
-    return lambda cells: jnp.bincount(
-        jnp.asarray(of_slide)[jnp.searchsorted(jnp.asarray(ends), cells, side="right")], length=n_kinds
-    )
+def _check_units(run: RunConfig, corpus: Corpus) -> None:
+    """Positions in um want slides whose unit is known."""
+    unknown = [
+        slide.name
+        for slide in corpus.slides
+        if run.takes(slide.technology) and slide.spatial and slide.um_per_unit is None
+    ]
+    if run.tissue()[0].positions == "coordinates" and unknown:
+        raise InputError(
+            corpus.path,
+            f"model.positions is in um but the unit of {unknown[0]!r} is not known",
+            "build with --um-per-unit, or set model.positions to index",
+        )
 
 
-def _loss(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
-    if isinstance(run.model, NicheformerConfig):
-        return _masked_genes(run, corpus)
-    model, _, objective = run.tissue()
-    if model.positions == "coordinates":
-        unknown = [
-            slide.name
-            for slide in corpus.slides
-            if run.takes(slide.technology) and slide.spatial and slide.um_per_unit is None
-        ]
-        if unknown:
-            raise InputError(
-                corpus.path,
-                f"model.positions is in um but the unit of {unknown[0]!r} is not known",
-                "build with --um-per-unit, or set model.positions to index",
-            )
-    return partial(
-        column_masking_loss,
-        config=objective,
-        n_genes=len(corpus.vocabulary),
-        coordinates=model.positions == "coordinates",
-    )
-
-
-def _masked_genes(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
-    model, sample, objective = run.nicheformer()
+def _check_sentences(run: RunConfig, corpus: Corpus) -> None:
+    """Sentences have room in the model, and every slide has what they are made from."""
+    model, sample, _ = run.nicheformer()
     longest = max(sample.length, sample.niche_length if sample.niche_neighbours else 0)
     if longest > model.positions:
         raise InputError(
@@ -145,4 +171,3 @@ def _masked_genes(run: RunConfig, corpus: Corpus) -> Callable[[Any, Any, jax.Arr
     # What a slide lacks should be said before anything is written, and not when it is first read.
     taken = [number for number, slide in enumerate(corpus.slides) if run.takes(slide.technology)]
     RankReader(corpus, sample).know(np.array(taken))
-    return partial(masked_genes_loss, config=objective)

@@ -12,25 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.errors import DataWarning, InputError
-from scfm_jax.models.functional import abstract, count_parameters, initialise
-from scfm_jax.training.checkpoint import Checkpoints, abstract_state
+from scfm_jax.models.functional import count_parameters
+from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
-from scfm_jax.training.mesh import batch_sharding, make_mesh, parameter_shardings, replicated
+from scfm_jax.training.mesh import batch_sharding, make_mesh
 from scfm_jax.training.metrics import MetricsWriter
-from scfm_jax.training.optimiser import learning_rate, make_optimiser
+from scfm_jax.training.optimiser import learning_rate
 from scfm_jax.training.run import open_run, restore_weights
+from scfm_jax.training.step import make_program
 from scfm_jax.training.task import Task, make_task
 
-State = dict[str, Any]
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -65,23 +62,10 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
     loader = task.loader(train_cells, (jax.process_index(), jax.process_count()))
 
     mesh = make_mesh(config.mesh)
-    graph, shapes, names = abstract(task.build)
-    optimiser = make_optimiser(config.optimiser, names)
-    shardings = state_shardings(mesh, optimiser, shapes, names)
-    key = jax.random.key(config.seed)
-    step_fn = jax.jit(
-        make_step(config, graph, task, optimiser, key),
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=0,
-    )
-    evaluate = jax.jit(lambda parameters, batch: task.loss(nnx.merge(graph, parameters), batch, key))
-
-    fresh = jax.jit(lambda: fresh_state(task, optimiser, key), out_shardings=shardings)
-    like = abstract_state(jax.eval_shape(fresh), shardings)
+    program = make_program(config, mesh, task)
     initial = None
     if config.initial_weights and not resume:  # before anything is written, so that an error leaves nothing
-        initial = initial_parameters(Path(config.initial_weights), config, corpus, like["parameters"])
+        initial = initial_parameters(Path(config.initial_weights), config, corpus, program.like["parameters"])
     open_run(folder, config, corpus, resume=resume)
     with (
         Checkpoints(
@@ -90,16 +74,16 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
         stop_signals() as stopped,
     ):
         start = (checkpoints.latest or 0) if resume else 0
-        state = checkpoints.restore(start, like) if start else fresh()
+        state = checkpoints.restore(start, program.like) if start else program.fresh()
         if config.initial_weights and not start:
             state["parameters"] = initial or initial_parameters(
-                Path(config.initial_weights), config, corpus, like["parameters"]
+                Path(config.initial_weights), config, corpus, program.like["parameters"]
             )
         report(
             {
                 "training_cells": len(train_cells),
                 "held_out_cells": len(test_cells),
-                "parameters": count_parameters(shapes),
+                "parameters": count_parameters(program.shapes),
                 "devices": f"{mesh.size} {jax.devices()[0].platform}",
                 "attention": getattr(config.model, "attention", None),
                 "step": start,
@@ -134,7 +118,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
             step, saved = start, start
             batches = on_devices(loader.iterate(start, config.optimiser.steps), mesh)
             for step, (batch, placed) in enumerate(batches, start + 1):
-                state, sums = step_fn(state, placed)
+                state, sums = program.step(state, placed)
                 pending.append((step, sums, len(batch.weight) * batch.static_lengths[0]))
                 last = step == config.optimiser.steps or bool(stopped)
                 if step % config.log_every == 0 or last:
@@ -143,7 +127,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
                 if len(test_cells) and (step % config.evaluate_every == 0 or step == config.optimiser.steps):
                     if pending:
                         flush(clock)
-                    held_out = evaluate_cells(evaluate, state["parameters"], task, test_cells)
+                    held_out = evaluate_cells(program.evaluate, state["parameters"], task, test_cells)
                     row = {"step": step, **{f"held_out_{name}": value for name, value in held_out.items()}}
                     writer.write(row)
                     report(row)
@@ -190,79 +174,6 @@ def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: An
             stacklevel=2,
         )
     return jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), weights.parameters, like)
-
-
-def make_step(
-    config: RunConfig,
-    graph: nnx.GraphDef,
-    task: Task,
-    optimiser: optax.GradientTransformation,
-    key: jax.Array,
-) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
-    """The pure training step (state, batch) -> (state, sums).
-
-    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both
-    sums, so that accumulation changes the memory and nothing else.
-    """
-
-    def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = task.loss(nnx.merge(graph, parameters), batch, key)
-        return sums["loss"], sums
-
-    def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch)
-        return gradients, sums
-
-    def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        parameters, parts = state["parameters"], config.optimiser.accumulation
-        if parts == 1:
-            gradients, sums = gradient(parameters, batch)
-        else:
-            # Strided, so that each device keeps the rows that it has.
-            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro)),
-            )
-            (gradients, sums), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None),
-                zeros,
-                micro,
-            )
-        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
-        updates, moments = optimiser.update(gradients, state["optimiser"], parameters)
-        new = {
-            "parameters": optax.apply_updates(parameters, updates),
-            "optimiser": moments,
-            "step": state["step"] + 1,
-        }
-        return new, {**sums, "gradient_norm": optax.tree.norm(gradients), "drawn": task.drawn(batch.index)}
-
-    return step
-
-
-def fresh_state(task: Task, optimiser: optax.GradientTransformation, key: jax.Array) -> State:
-    """Parameters from the seed, moments at zero."""
-    parameters = initialise(task.build, key)
-    return {
-        "parameters": parameters,
-        "optimiser": optimiser.init(parameters),
-        "step": jnp.zeros((), jnp.int32),
-    }
-
-
-def state_shardings(mesh: Any, optimiser: optax.GradientTransformation, shapes: Any, names: Any) -> State:
-    """Where the state lies: moments beside their parameters, scalars everywhere."""
-    places = parameter_shardings(mesh, shapes, names)
-    of_parameter = dict(jax.tree.leaves_with_path(places))
-
-    def of_moment(path: tuple[Any, ...], leaf: Any) -> Any:
-        """A moment's path ends with its parameter's."""
-        ends = (path[start:] for start in range(len(path)))
-        return next((of_parameter[end] for end in ends if end in of_parameter), replicated(mesh))
-
-    moments = jax.tree.map_with_path(of_moment, jax.eval_shape(optimiser.init, shapes))
-    return {"parameters": places, "optimiser": moments, "step": replicated(mesh)}
 
 
 def select_cells(

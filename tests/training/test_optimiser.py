@@ -12,7 +12,7 @@ from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.training.config import OptimiserConfig
 from scfm_jax.training.mesh import replicated
 from scfm_jax.training.optimiser import learning_rate, make_optimiser
-from scfm_jax.training.train import state_shardings
+from scfm_jax.training.step import state_shardings
 
 EIGHT = AbstractMesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 SCHEDULE = OptimiserConfig(steps=100, warmup_steps=1, initial_rate=0.1, peak_rate=0.2, epsilon=1e-3)

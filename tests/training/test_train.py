@@ -22,8 +22,9 @@ from scfm_jax.training.mesh import make_mesh
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.run import read_run
+from scfm_jax.training.step import fresh_state, state_shardings
 from scfm_jax.training.task import make_task
-from scfm_jax.training.train import fresh_state, state_shardings, stop_signals, train
+from scfm_jax.training.train import stop_signals, train
 
 CLOCK = ("tokens_per_second",)  # all else is a function of the config
 

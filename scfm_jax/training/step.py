@@ -1,0 +1,145 @@
+"""The training step and its state: what is jitted, and where every part of it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from scfm_jax.models.functional import Parameters, abstract, initialise
+from scfm_jax.training.checkpoint import abstract_state
+from scfm_jax.training.config import RunConfig
+from scfm_jax.training.mesh import batch_sharding, parameter_shardings, replicated
+from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.task import Learning
+
+State: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is compiled of a run: the very functions that `train` runs.
+
+    Attributes
+    ----------
+    shapes
+        Parameters as shapes.
+    like
+        The state as shapes, dtypes and shardings.
+    fresh
+        () to the state of step 0.
+    step
+        (state, batch) to (state, sums); the state is donated.
+    evaluate
+        (parameters, batch) to sums.
+    """
+
+    shapes: Parameters
+    like: State
+    fresh: Any
+    step: Any
+    evaluate: Any
+
+
+def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
+    """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it."""
+    graph, shapes, names = abstract(learning.build)
+    optimiser = make_optimiser(config.optimiser, names)
+    shardings = state_shardings(mesh, optimiser, shapes, names)
+    key = jax.random.key(config.seed)
+    fresh = jax.jit(lambda: fresh_state(learning, optimiser, key), out_shardings=shardings)
+    return Program(
+        shapes=shapes,
+        like=abstract_state(jax.eval_shape(fresh), shardings),
+        fresh=fresh,
+        step=jax.jit(
+            make_step(config, graph, learning, optimiser, key),
+            in_shardings=(shardings, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(lambda parameters, batch: learning.loss(nnx.merge(graph, parameters), batch, key)),
+    )
+
+
+def make_step(
+    config: RunConfig,
+    graph: nnx.GraphDef,
+    learning: Learning,
+    optimiser: optax.GradientTransformation,
+    key: jax.Array,
+) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
+    """The pure training step (state, batch) -> (state, sums).
+
+    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both
+    sums, so that accumulation changes the memory and nothing else.
+    """
+
+    def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = learning.loss(nnx.merge(graph, parameters), batch, key)
+        return sums["loss"], sums
+
+    def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch)
+        return gradients, sums
+
+    def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
+        parameters, parts = state["parameters"], config.optimiser.accumulation
+        if parts == 1:
+            gradients, sums = gradient(parameters, batch)
+        else:
+            # Strided, so that each device keeps the rows that it has.
+            micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro)),
+            )
+            (gradients, sums), _ = jax.lax.scan(
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None),
+                zeros,
+                micro,
+            )
+        gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
+        updates, moments = optimiser.update(gradients, state["optimiser"], parameters)
+        new = {
+            "parameters": optax.apply_updates(parameters, updates),
+            "optimiser": moments,
+            "step": state["step"] + 1,
+        }
+        return new, {
+            **sums,
+            "gradient_norm": optax.tree.norm(gradients),
+            "drawn": learning.drawn(batch.index),
+        }
+
+    return step
+
+
+def fresh_state(learning: Learning, optimiser: optax.GradientTransformation, key: jax.Array) -> State:
+    """Parameters from the seed, moments at zero."""
+    parameters = initialise(learning.build, key)
+    return {
+        "parameters": parameters,
+        "optimiser": optimiser.init(parameters),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def state_shardings(mesh: Any, optimiser: optax.GradientTransformation, shapes: Any, names: Any) -> State:
+    """Where the state lies: moments beside their parameters, scalars everywhere."""
+    places = parameter_shardings(mesh, shapes, names)
+    of_parameter = dict(jax.tree.leaves_with_path(places))
+
+    def of_moment(path: tuple[Any, ...], leaf: Any) -> Any:
+        """A moment's path ends with its parameter's."""
+        ends = (path[start:] for start in range(len(path)))
+        return next((of_parameter[end] for end in ends if end in of_parameter), replicated(mesh))
+
+    moments = jax.tree.map_with_path(of_moment, jax.eval_shape(optimiser.init, shapes))
+    return {"parameters": places, "optimiser": moments, "step": replicated(mesh)}
