@@ -1,4 +1,4 @@
-"""The mask's bits are scikit-learn's hash under jax's own Threefry, and mask what the rates say in any batch."""
+"""The mask's bits are scikit-learn's hash under jax's Threefry, and mask what the rates say in any batch."""
 
 from __future__ import annotations
 

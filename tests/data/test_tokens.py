@@ -1,4 +1,4 @@
-"""Samples against a plain statement of what a sample holds; masks by jax's Threefry and scikit-learn's hash."""
+"""Samples against a plain statement of them; masks by jax's Threefry and scikit-learn's hash."""
 
 from __future__ import annotations
 
