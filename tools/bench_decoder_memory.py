@@ -42,7 +42,7 @@ def temporary_bytes(attention: AttentionName, rows: int, length: int) -> int:
     config = tissue_3m.recipe().tissue()[0].decoder
 
     def build(rngs: nnx.Rngs) -> Transformer:
-        return Transformer(config, init_std=0.02, dtype=jnp.float32, remat=False, rngs=rngs)
+        return Transformer(config, init_std=0.02, dtype=jnp.float32, remat="none", rngs=rngs)
 
     graph, shapes, _ = abstract(build)
 

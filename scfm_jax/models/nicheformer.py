@@ -18,7 +18,8 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
-from scfm_jax.models.transformer import make_linear
+from scfm_jax.models.linear import make_linear, project_together
+from scfm_jax.models.stack import RematName, scan_layers, stacked
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
 SEGMENTS = 2
@@ -43,7 +44,7 @@ class NicheformerConfig:
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
     remat
-        Recompute layers in the backward pass.
+        What the backward pass computes again, see `scfm_jax.models.stack`.
     """
 
     layers: int = 12
@@ -53,9 +54,9 @@ class NicheformerConfig:
     positions: int = 1_500
     niche: bool = False
     norm_epsilon: float = 1e-12
-    attention: AttentionName = "chunked"
+    attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: RematName = "none"
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
@@ -105,13 +106,8 @@ class PostNormBlock(nnx.Module):
 
         # Projections see tokens in one axis, as in `transformer.Block`.
         y = x.reshape(-1, x.shape[-1])
-        mixed = attention(
-            heads(self.query(y)),
-            heads(self.key(y)),
-            heads(self.value(y)),
-            lengths,
-            implementation=implementation,
-        )
+        query, key, value = map(heads, project_together(y, self.query, self.key, self.value))
+        mixed = attention(query, key, value, lengths, implementation=implementation)
         y = self.attention_norm(y + self.output(mixed.reshape(y.shape)))
         y = self.feed_forward_norm(y + self.down(jax.nn.relu(self.up(y))))
         return y.reshape(x.shape)
@@ -144,12 +140,7 @@ class Nicheformer(nnx.Module):
         if config.niche:
             self.segment_embedding = nnx.Param(normal(SEGMENTS), logical=(None, "embed"))
 
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> PostNormBlock:
-            return PostNormBlock(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stacked(config.layers, lambda rngs: PostNormBlock(config, rngs=rngs), rngs)
         classes = padded_size(self.n_tokens)
         self.head = make_linear(
             width,
@@ -204,13 +195,13 @@ class Nicheformer(nnx.Module):
         self, x: Float[Array, "b s d"], lengths: Int[Array, " b"], *, keep: bool = False
     ) -> tuple[Float[Array, "b s d"], Float[Array, "l b s d"] | None]:
         """The last layer's output, and with `keep` the output of every layer."""
-        graph, stacked = nnx.split(self.blocks)
-
-        def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            x = nnx.merge(graph, parameters)(x, lengths, self.attention)
-            return x, x if keep else None
-
-        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, stacked)
+        return scan_layers(
+            self.blocks,
+            lambda block, x: block(x, lengths, self.attention),
+            x,
+            remat=self.remat,
+            keep=keep,
+        )
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """Scores of every token, float32; rows that only pad the vocabulary in memory are minus infinity."""

@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
-from scfm_jax.models.transformer import Transformer, TransformerConfig, make_linear
+from scfm_jax.models.linear import make_linear
+from scfm_jax.models.stack import RematName
+from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 # Each cell carries two tokens with its read depth, at the indices after the last gene; padding has the next.
 DEPTH_TOKENS, PAD_TOKENS = 2, 1
@@ -46,7 +48,7 @@ class TissueConfig:
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
     remat
-        Recompute layers in the backward pass.
+        What the backward pass computes again, see `scfm_jax.models.stack`.
     attend_padding
         Let the encoder see padding as the authors' code does: keys of logit 0, with values of their own. A
         sample then depends on the longest of its batch; for agreement with that code only.
@@ -60,9 +62,9 @@ class TissueConfig:
     init_std: float = 0.02
     value_init: ValueInit = "published"
     gene_bias: bool = False
-    attention: AttentionName = "chunked"
+    attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: RematName = "none"
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""

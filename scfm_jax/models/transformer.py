@@ -12,7 +12,9 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
+from scfm_jax.models.linear import make_linear, project_together
 from scfm_jax.models.rotary import rotary_tables, rotate
+from scfm_jax.models.stack import RematName, scan_layers, stacked
 
 RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
 
@@ -68,29 +70,6 @@ def make_norm(config: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
     )
 
 
-def make_linear(
-    inputs: int,
-    outputs: int,
-    names: tuple[str | None, str | None],
-    *,
-    use_bias: bool,
-    init_std: float,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """A Linear with normal weights, zero biases and the logical `names` of its two axes."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nnx.initializers.normal(init_std),
-        kernel_metadata={"logical": names},
-        bias_metadata={"logical": names[1:]},
-        rngs=rngs,
-    )
-
-
 class Block(nnx.Module):
     """One layer: norm, rotary self-attention, residual; norm, SwiGLU, residual."""
 
@@ -134,15 +113,17 @@ class Block(nnx.Module):
         # Projections see tokens in one axis: on a CPU the gradient of a weight over two axes costs twice the
         # time.
         y = self.attention_norm(x).reshape(-1, x.shape[-1])
-        query, key = (rotate(heads(project(y)), tables) for project in (self.query, self.key))
+        query, key, value = map(heads, project_together(y, self.query, self.key, self.value))
+        query, key = rotate(query, tables), rotate(key, tables)
         if attend_padding:
             real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
             query, key = jnp.where(real, query, 0), jnp.where(real, key, 0)
             lengths = jnp.full_like(lengths, x.shape[1])
-        mixed = attention(query, key, heads(self.value(y)), lengths, implementation=implementation)
+        mixed = attention(query, key, value, lengths, implementation=implementation)
         x = x + self.output(mixed.reshape(y.shape)).reshape(x.shape)
         y = self.feed_forward_norm(x).reshape(y.shape)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)).reshape(x.shape)
+        gate, up = project_together(y, self.gate, self.up)
+        return x + self.down(jax.nn.silu(gate) * up).reshape(x.shape)
 
 
 class Transformer(nnx.Module):
@@ -153,7 +134,7 @@ class Transformer(nnx.Module):
     config
         Geometry.
     remat
-        Recompute each layer in the backward pass rather than keep its inner activations.
+        What the backward pass computes again, see `stack.scan_layers`.
     """
 
     def __init__(
@@ -162,16 +143,13 @@ class Transformer(nnx.Module):
         *,
         init_std: float,
         dtype: DTypeLike,
-        remat: bool,
+        remat: RematName,
         rngs: nnx.Rngs,
     ) -> None:
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, init_std=init_std, dtype=dtype, rngs=rngs)
-
         self.head_size, self.remat = config.head_size, remat
-        self.blocks = stack(rngs)
+        self.blocks = stacked(
+            config.layers, lambda rngs: Block(config, init_std=init_std, dtype=dtype, rngs=rngs), rngs
+        )
         self.norm = make_norm(config, dtype, rngs)
 
     def __call__(
@@ -204,10 +182,10 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Float[Array, "l b s d"] | None]:
         """The last layer's output before the final norm, and with `keep` the output of every layer."""
         tables = rotary_tables(positions, self.head_size)
-        graph, layers = nnx.split(self.blocks)
-
-        def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            x = nnx.merge(graph, parameters)(x, tables, lengths, implementation, attend_padding)
-            return x, x if keep else None
-
-        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)
+        return scan_layers(
+            self.blocks,
+            lambda block, x: block(x, tables, lengths, implementation, attend_padding),
+            x,
+            remat=self.remat,
+            keep=keep,
+        )
