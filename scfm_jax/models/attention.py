@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from scfm_jax.models.sharding import by_shard
+
 AttentionName = Literal["plain", "chunked"]
 
 # The scores of a chunk of queries (or of keys, backwards) of some heads should stay in a CPU's cache.
@@ -44,6 +46,16 @@ def attention(
     """
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"attention {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
+    rows = ("batch", None, "heads", None)
+    return by_shard(
+        partial(_attend, implementation),
+        (query, key, value, lengths),
+        (rows, rows, rows, ("batch",)),
+        out=rows,
+    )
+
+
+def _attend(implementation: AttentionName, query: Array, key: Array, value: Array, lengths: Array) -> Array:
     real = jnp.arange(key.shape[1]) < lengths[:, None]
     by_head = (x.swapaxes(1, 2) for x in (query, key, value))
     return _IMPLEMENTATIONS[implementation](*by_head, real).swapaxes(1, 2)

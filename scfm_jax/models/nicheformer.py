@@ -18,6 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
+from scfm_jax.models.sharding import constrain
 from scfm_jax.models.transformer import make_linear
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
@@ -113,7 +114,7 @@ class PostNormBlock(nnx.Module):
             implementation=implementation,
         )
         y = self.attention_norm(y + self.output(mixed.reshape(y.shape)))
-        y = self.feed_forward_norm(y + self.down(jax.nn.relu(self.up(y))))
+        y = self.feed_forward_norm(y + self.down(constrain(jax.nn.relu(self.up(y)), "batch", "mlp")))
         return y.reshape(x.shape)
 
 
@@ -207,14 +208,16 @@ class Nicheformer(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            x = nnx.merge(graph, parameters)(x, lengths, self.attention)
+            x = constrain(nnx.merge(graph, parameters)(x, lengths, self.attention), "batch", None, None)
             return x, x if keep else None
 
+        x = constrain(x, "batch", None, None)
         return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, stacked)
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """Scores of every token, float32; rows that only pad the vocabulary in memory are minus infinity."""
-        scores = self.head(hidden).astype(jnp.float32)
+        names = ("batch", *(None,) * (hidden.ndim - 2), "vocabulary")
+        scores = constrain(self.head(hidden).astype(jnp.float32), *names)
         return jnp.where(jnp.arange(scores.shape[-1]) < self.n_tokens, scores, -jnp.inf)
 
 

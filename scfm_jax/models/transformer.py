@@ -13,6 +13,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.rotary import rotary_tables, rotate
+from scfm_jax.models.sharding import constrain
 
 RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
 
@@ -142,7 +143,8 @@ class Block(nnx.Module):
         mixed = attention(query, key, heads(self.value(y)), lengths, implementation=implementation)
         x = x + self.output(mixed.reshape(y.shape)).reshape(x.shape)
         y = self.feed_forward_norm(x).reshape(y.shape)
-        return x + self.down(jax.nn.silu(self.gate(y)) * self.up(y)).reshape(x.shape)
+        inner = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "mlp")
+        return x + self.down(inner).reshape(x.shape)
 
 
 class Transformer(nnx.Module):
@@ -208,6 +210,8 @@ class Transformer(nnx.Module):
 
         def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
             x = nnx.merge(graph, parameters)(x, tables, lengths, implementation, attend_padding)
+            x = constrain(x, "batch", None, None)
             return x, x if keep else None
 
+        x = constrain(x, "batch", None, None)
         return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)
