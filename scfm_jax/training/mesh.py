@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scfm_jax.errors import InputError
@@ -47,7 +48,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not {len(devices)} devices",
             "set mesh.data to 0 and the others to divisors",
         )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # As jax.make_mesh does, but for axes of a torus that no size of ours equals, as 8 on 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:
