@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import InputError
 from scfm_jax.models.attention_fused import attend_cudnn, attend_splash
 from scfm_jax.models.attention_plain import attend_chunks, attend_pairs
+from scfm_jax.models.sharding import by_shard, platform
 
 AttentionName = Literal["auto", "plain", "chunked", "cudnn", "splash"]
 
@@ -46,7 +46,7 @@ class Implementation:
     Attributes
     ----------
     attend
-        (query, key, value, lengths, segments) to what is mixed, all ``batch length heads size``.
+        (query, key, value, lengths, segments=None) to what is mixed, all ``batch length heads size``.
     lacks
         What is asked to the reason why it cannot be done, or None.
     """
@@ -109,8 +109,8 @@ def attention(
     implementation
         ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, keeps those of 256 queries at a time:
         memory grows with the length and not with its square. ``cudnn`` is the fused kernel of NVIDIA GPUs
-        (half precision, lengths), ``splash`` that of TPUs. ``auto`` is `choose`'s choice for JAX's default
-        platform.
+        (half precision, lengths), ``splash`` that of TPUs. ``auto`` is `choose`'s choice for the mesh's
+        platform, or JAX's default one.
 
     Raises
     ------
@@ -119,23 +119,26 @@ def attention(
     """
     if (lengths is None) == (segments is None):
         raise ValueError("give lengths or segments")
-    asked = Asked(_platform(implementation), query.dtype, query.shape[-1], segments is not None)
-    name = choose(implementation, asked)
-    return IMPLEMENTATIONS[name].attend(query, key, value, lengths, segments)
+    asked = Asked(platform(), query.dtype, query.shape[-1], packed=segments is not None)
+    attend = IMPLEMENTATIONS[choose(implementation, asked)].attend
+    rows = ("batch", None, "heads", None)
+    if lengths is not None:
+        return by_shard(attend, (query, key, value, lengths), (rows, rows, rows, ("batch",)), out=rows)
+    assert segments is not None
+    return by_shard(
+        lambda query, key, value, segments: attend(query, key, value, None, segments),
+        (query, key, value, segments),
+        (rows, rows, rows, ("batch", None)),
+        out=rows,
+    )
 
 
-def _platform(implementation: AttentionName) -> str:
-    """Kernels are also traced for other platforms than this process runs on: only ``auto`` looks at it."""
-    of_kernel = {"cudnn": "gpu", "splash": "tpu"}
-    return of_kernel.get(implementation, "cpu" if implementation != "auto" else jax.default_backend())
-
-
-def _by_head(
-    attend: Callable[..., Array], mask: Callable[..., Array]
-) -> Callable[[Array, Array, Array, Any, Any], Array]:
+def _by_head(attend: Callable[..., Array], mask: Callable[..., Array]) -> Callable[..., Array]:
     """An implementation over ``batch heads length size``."""
 
-    def attend_rows(query: Array, key: Array, value: Array, lengths: Any, segments: Any) -> Array:
+    def attend_rows(
+        query: Array, key: Array, value: Array, lengths: Any, segments: Array | None = None
+    ) -> Array:
         by_head = (x.swapaxes(1, 2) for x in (query, key, value))
         return attend(*by_head, mask(key, lengths, segments)).swapaxes(1, 2)
 

@@ -19,7 +19,7 @@ def attend_cudnn(
     key: Float[Array, "b s h d"],
     value: Float[Array, "b s h d"],
     lengths: Int[Array, " b"],
-    segments: None,
+    segments: None = None,
 ) -> Float[Array, "b q h d"]:
     """By lengths: a dense mask would be read from memory for every pair. Padding queries give zeros."""
     # A row of no key at all has no softmax: it sees one, and gives zeros.
@@ -41,7 +41,7 @@ def attend_splash(
     key: Float[Array, "b s h d"],
     value: Float[Array, "b s h d"],
     lengths: Int[Array, " b"] | None,
-    segments: Int[Array, "b s"] | None,
+    segments: Int[Array, "b s"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "b q h d"]:

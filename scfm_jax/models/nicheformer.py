@@ -19,6 +19,7 @@ from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
 from scfm_jax.models.linear import make_linear, project_together
+from scfm_jax.models.sharding import constrain
 from scfm_jax.models.stack import RematName, scan_layers, stacked
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
@@ -109,7 +110,7 @@ class PostNormBlock(nnx.Module):
         query, key, value = map(heads, project_together(y, self.query, self.key, self.value))
         mixed = attention(query, key, value, lengths, implementation=implementation)
         y = self.attention_norm(y + self.output(mixed.reshape(y.shape)))
-        y = self.feed_forward_norm(y + self.down(jax.nn.relu(self.up(y))))
+        y = self.feed_forward_norm(y + self.down(constrain(jax.nn.relu(self.up(y)), "batch", "mlp")))
         return y.reshape(x.shape)
 
 
@@ -205,7 +206,8 @@ class Nicheformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """Scores of every token, float32; rows that only pad the vocabulary in memory are minus infinity."""
-        scores = self.head(hidden).astype(jnp.float32)
+        names = ("batch", *(None,) * (hidden.ndim - 2), "vocabulary")
+        scores = constrain(self.head(hidden).astype(jnp.float32), *names)
         return jnp.where(jnp.arange(scores.shape[-1]) < self.n_tokens, scores, -jnp.inf)
 
 

@@ -9,6 +9,8 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from scfm_jax.models.sharding import constrain
+
 RematName = Literal["none", "dots", "full"]
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -52,10 +54,10 @@ def scan_layers(
     graph, parameters = nnx.split(blocks)
 
     def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-        x = call(nnx.merge(graph, parameters), x)
+        x = constrain(call(nnx.merge(graph, parameters), x), "batch", None, None)
         return x, x if keep else None
 
-    return jax.lax.scan(_recomputed(layer, remat), x, parameters)
+    return jax.lax.scan(_recomputed(layer, remat), constrain(x, "batch", None, None), parameters)
 
 
 def _recomputed(layer: Callable[..., Any], remat: RematName) -> Callable[..., Any]:

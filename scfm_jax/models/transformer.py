@@ -14,6 +14,7 @@ from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.linear import make_linear, project_together
 from scfm_jax.models.rotary import rotary_tables, rotate
+from scfm_jax.models.sharding import constrain
 from scfm_jax.models.stack import RematName, scan_layers, stacked
 
 RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
@@ -123,7 +124,8 @@ class Block(nnx.Module):
         x = x + self.output(mixed.reshape(y.shape)).reshape(x.shape)
         y = self.feed_forward_norm(x).reshape(y.shape)
         gate, up = project_together(y, self.gate, self.up)
-        return x + self.down(jax.nn.silu(gate) * up).reshape(x.shape)
+        inner = constrain(jax.nn.silu(gate) * up, "batch", "mlp")
+        return x + self.down(inner).reshape(x.shape)
 
 
 class Transformer(nnx.Module):

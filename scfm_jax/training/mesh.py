@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from scfm_jax.errors import InputError
-from scfm_jax.training.config import MeshConfig
+from scfm_jax.models.sharding import Split
+from scfm_jax.training.config import MeshConfig, RunConfig
 
 # Logical axis of a parameter -> mesh axis that splits it.
 PARAMETER_AXES: dict[str | None, str | None] = {
@@ -21,7 +23,12 @@ PARAMETER_AXES: dict[str | None, str | None] = {
     None: None,
 }
 # Logical axis of a batch or an activation -> mesh axes.
-ACTIVATION_AXES: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp")}
+ACTIVATION_AXES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocabulary": ("tensor",),
+}
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -41,7 +48,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not {len(devices)} devices",
             "set mesh.data to 0 and the others to divisors",
         )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # As jax.make_mesh does, but for axes of a torus that no size of ours equals, as 8 on 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:
@@ -64,6 +73,29 @@ def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*divides))
 
     return jax.tree.map(place, shapes, names)
+
+
+def activation_split(mesh: Mesh) -> Split:
+    """Where activations lie, for `models.sharding.split_by`."""
+    return Split(mesh, ACTIVATION_AXES)
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """Every microbatch must give each data x fsdp shard the same number of samples.
+
+    Raises
+    ------
+    InputError
+        It does not, and some devices would hold every sample.
+    """
+    shards, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optimiser.accumulation
+    if config.data.batch_size % (shards * parts):
+        raise InputError(
+            "data.batch_size",
+            f"{config.data.batch_size} is not a multiple of data x fsdp x accumulation = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {parts}",
+            f"set it to a multiple of {shards * parts}, or split less",
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,9 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from scfm_jax.models.functional import Parameters, abstract, initialise
+from scfm_jax.models.sharding import split_by
 from scfm_jax.training.checkpoint import abstract_state
 from scfm_jax.training.config import RunConfig
-from scfm_jax.training.mesh import batch_sharding, parameter_shardings, replicated
+from scfm_jax.training.mesh import (
+    activation_split,
+    batch_sharding,
+    check_batch,
+    parameter_shardings,
+    replicated,
+)
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.task import Learning
 
@@ -49,9 +56,16 @@ class Program:
 
 def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
     """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it."""
+    check_batch(config, mesh)
     graph, shapes, names = abstract(learning.build)
     optimiser = make_optimiser(config.optimiser, names)
     shardings = state_shardings(mesh, optimiser, shapes, names)
+    split = activation_split(mesh)
+
+    def loss(parameters: Parameters, batch: Any) -> dict[str, jax.Array]:
+        with split_by(split):
+            return learning.loss(nnx.merge(graph, parameters), batch, key)
+
     key = jax.random.key(config.seed)
     fresh = jax.jit(lambda: fresh_state(learning, optimiser, key), out_shardings=shardings)
     return Program(
@@ -59,38 +73,43 @@ def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
         like=abstract_state(jax.eval_shape(fresh), shardings),
         fresh=fresh,
         step=jax.jit(
-            make_step(config, graph, learning, optimiser, key),
+            make_step(loss, learning.drawn, optimiser, config.optimiser.accumulation, shardings),
             in_shardings=(shardings, batch_sharding(mesh)),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(lambda parameters, batch: learning.loss(nnx.merge(graph, parameters), batch, key)),
+        evaluate=jax.jit(
+            loss,
+            in_shardings=(shardings["parameters"], batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        ),
     )
 
 
 def make_step(
-    config: RunConfig,
-    graph: nnx.GraphDef,
-    learning: Learning,
+    loss: Callable[[Parameters, Any], dict[str, jax.Array]],
+    drawn: Callable[[jax.Array], jax.Array],
     optimiser: optax.GradientTransformation,
-    key: jax.Array,
+    parts: int,
+    shardings: State,
 ) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
     """The pure training step (state, batch) -> (state, sums).
 
-    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches add up both
-    sums, so that accumulation changes the memory and nothing else.
+    The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches (`parts` a
+    step) add up both sums, so that accumulation changes the memory and nothing else. Gradients lie where
+    their parameters do.
     """
 
     def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = learning.loss(nnx.merge(graph, parameters), batch, key)
+        sums = loss(parameters, batch)
         return sums["loss"], sums
 
     def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch)
-        return gradients, sums
+        return jax.lax.with_sharding_constraint(gradients, shardings["parameters"]), sums
 
     def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        parameters, parts = state["parameters"], config.optimiser.accumulation
+        parameters = state["parameters"]
         if parts == 1:
             gradients, sums = gradient(parameters, batch)
         else:
@@ -115,7 +134,7 @@ def make_step(
         return new, {
             **sums,
             "gradient_norm": optax.tree.norm(gradients),
-            "drawn": learning.drawn(batch.index),
+            "drawn": drawn(batch.index),
         }
 
     return step
