@@ -36,7 +36,9 @@ class GeneEmbedding(nnx.Module):
         self.table = nnx.Param(table, logical=("vocabulary", "embed"))
 
     def __call__(self, genes: Int[Array, "b s"], dtype: DTypeLike) -> Float[Array, "b s d"]:
-        return self.table[...].astype(dtype)[genes]
+        # Rows are cast after they are taken: gradients of a token that stands at many places, of the mask
+        # above all, add up in float32. In bfloat16 they would be lost, and a GPU takes fifty times as long.
+        return self.table[...][genes].astype(dtype)
 
 
 class ValueEmbedding(nnx.Module):

@@ -20,7 +20,7 @@ from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size
 from scfm_jax.models.linear import make_linear, project_together
 from scfm_jax.models.sharding import constrain
-from scfm_jax.models.stack import RematName, scan_layers, stacked
+from scfm_jax.models.stack import RematName, StackConfig, scan_layers, stacked
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
 SEGMENTS = 2
@@ -44,8 +44,9 @@ class NicheformerConfig:
         Implementation, see `scfm_jax.models.attention`.
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
-    remat
-        What the backward pass computes again, see `scfm_jax.models.stack`.
+    remat, unroll
+        What the backward pass computes again, and how many layers are compiled as one, see
+        `scfm_jax.models.stack.StackConfig`.
     """
 
     layers: int = 12
@@ -58,13 +59,14 @@ class NicheformerConfig:
     attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematName = "none"
+    unroll: int = 1
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
         return {"heads": self.heads, "norm_epsilon": self.norm_epsilon}
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "layers", "heads", "width", "hidden", "positions")
+        check_least(self, 1, "layers", "heads", "width", "hidden", "positions", "unroll")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")
 
@@ -126,7 +128,8 @@ class Nicheformer(nnx.Module):
     """
 
     def __init__(self, config: NicheformerConfig, n_genes: int, *, rngs: nnx.Rngs) -> None:
-        self.dtype, self.attention, self.remat = jnp.dtype(config.dtype), config.attention, config.remat
+        self.dtype, self.attention = jnp.dtype(config.dtype), config.attention
+        self.compute = StackConfig(self.dtype, config.remat, min(config.unroll, config.layers))
         self.n_tokens = n_genes + RESERVED_TOKENS
         width = config.width
 
@@ -184,12 +187,11 @@ class Nicheformer(nnx.Module):
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"], segments: Int[Array, "b s"]
     ) -> Float[Array, "b s d"]:
         """Sentences as the first layer sees them."""
-        x = (
-            self.token_embedding(tokens, self.dtype)
-            + self.position_embedding[...].astype(self.dtype)[positions]
+        x = self.token_embedding(tokens, self.dtype) + self.position_embedding[...][positions].astype(
+            self.dtype
         )
         if self.has_niche:
-            x += self.segment_embedding[...].astype(self.dtype)[segments]
+            x += self.segment_embedding[...][segments].astype(self.dtype)
         return x
 
     def layers(
@@ -200,7 +202,7 @@ class Nicheformer(nnx.Module):
             self.blocks,
             lambda block, x: block(x, lengths, self.attention),
             x,
-            remat=self.remat,
+            config=self.compute,
             keep=keep,
         )
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
 from scfm_jax.models.linear import make_linear
-from scfm_jax.models.stack import RematName
+from scfm_jax.models.stack import RematName, StackConfig
 from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 # Each cell carries two tokens with its read depth, at the indices after the last gene; padding has the next.
@@ -47,8 +47,9 @@ class TissueConfig:
         Implementation, see `scfm_jax.models.attention`.
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
-    remat
-        What the backward pass computes again, see `scfm_jax.models.stack`.
+    remat, unroll
+        What the backward pass computes again, and how many layers are compiled as one, see
+        `scfm_jax.models.stack.StackConfig`.
     attend_padding
         Let the encoder see padding as the authors' code does: keys of logit 0, with values of their own. A
         sample then depends on the longest of its batch; for agreement with that code only.
@@ -65,6 +66,7 @@ class TissueConfig:
     attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematName = "none"
+    unroll: int = 1
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
@@ -106,7 +108,10 @@ class TissueModel(nnx.Module):
             init_std=std,
             rngs=rngs,
         )
-        self.encoder = Transformer(wide, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        compute = [
+            StackConfig(dtype, config.remat, min(config.unroll, stack.layers)) for stack in (wide, narrow)
+        ]
+        self.encoder = Transformer(wide, init_std=std, compute=compute[0], rngs=rngs)
         self.decoder_embed = make_linear(
             wide.width,
             narrow.width,
@@ -116,7 +121,7 @@ class TissueModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.decoder = Transformer(narrow, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.decoder = Transformer(narrow, init_std=std, compute=compute[1], rngs=rngs)
         # scFoundation's wiring: one more norm after the stack's own, always a LayerNorm.
         self.decoder_norm = nnx.LayerNorm(
             narrow.width,

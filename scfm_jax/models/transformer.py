@@ -15,7 +15,7 @@ from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.linear import make_linear, project_together
 from scfm_jax.models.rotary import rotary_tables, rotate
 from scfm_jax.models.sharding import constrain
-from scfm_jax.models.stack import RematName, scan_layers, stacked
+from scfm_jax.models.stack import StackConfig, scan_layers, stacked
 
 RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
 
@@ -135,8 +135,8 @@ class Transformer(nnx.Module):
     ----------
     config
         Geometry.
-    remat
-        What the backward pass computes again, see `stack.scan_layers`.
+    compute
+        How the layers are computed.
     """
 
     def __init__(
@@ -144,11 +144,10 @@ class Transformer(nnx.Module):
         config: TransformerConfig,
         *,
         init_std: float,
-        dtype: DTypeLike,
-        remat: RematName,
+        compute: StackConfig,
         rngs: nnx.Rngs,
     ) -> None:
-        self.head_size, self.remat = config.head_size, remat
+        self.head_size, self.compute, dtype = config.head_size, compute, compute.dtype
         self.blocks = stacked(
             config.layers, lambda rngs: Block(config, init_std=init_std, dtype=dtype, rngs=rngs), rngs
         )
@@ -188,6 +187,6 @@ class Transformer(nnx.Module):
             self.blocks,
             lambda block, x: block(x, tables, lengths, implementation, attend_padding),
             x,
-            remat=self.remat,
+            config=self.compute,
             keep=keep,
         )

@@ -13,7 +13,7 @@ from flax import nnx
 from plain_transformer import transform
 
 from scfm_jax.models.functional import initialise
-from scfm_jax.models.stack import RematName
+from scfm_jax.models.stack import RematName, StackConfig
 from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(layers=3, heads=2, width=16)
@@ -23,7 +23,7 @@ LENGTHS = np.array([6, 3])
 def build(
     config: TransformerConfig = CONFIG, *, remat: RematName = "none"
 ) -> Callable[[nnx.Rngs], Transformer]:
-    return lambda rngs: Transformer(config, init_std=0.02, dtype=jnp.float32, remat=remat, rngs=rngs)
+    return lambda rngs: Transformer(config, init_std=0.02, compute=StackConfig(jnp.float32, remat), rngs=rngs)
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
