@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
-from scfm_jax.models.embeddings import GeneEmbedding, padded_size
+from scfm_jax.models.embeddings import GeneEmbedding, padded_size, rows_of
 from scfm_jax.models.linear import make_linear, project_together
 from scfm_jax.models.sharding import constrain
 from scfm_jax.models.stack import RematName, StackConfig, scan_layers, stacked
@@ -187,11 +187,10 @@ class Nicheformer(nnx.Module):
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"], segments: Int[Array, "b s"]
     ) -> Float[Array, "b s d"]:
         """Sentences as the first layer sees them."""
-        x = self.token_embedding(tokens, self.dtype) + self.position_embedding[...][positions].astype(
-            self.dtype
-        )
+        x = self.token_embedding(tokens, self.dtype)
+        x += rows_of(self.position_embedding, positions, self.dtype)
         if self.has_niche:
-            x += self.segment_embedding[...][segments].astype(self.dtype)
+            x += rows_of(self.segment_embedding, segments, self.dtype)
         return x
 
     def layers(
