@@ -143,7 +143,7 @@ class Program:
 
     def _trips(self, loop: _Instruction) -> int:
         """How often a loop runs: as XLA says, or as its condition counts from 0."""
-        if known := re.search(r'known_trip_count\D*(\d+)', loop.rest):
+        if known := re.search(r"known_trip_count\D*(\d+)", loop.rest):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
         assert condition is not None
@@ -185,9 +185,13 @@ class Program:
                 continue
             whole = operands[int(parameter.rest.split(")")[0])]
             uses = users.get(parameter.name, [])
-            sliced = [use for use in uses if use.opcode == "dynamic-slice" and use.operands[0] == parameter.name]
+            sliced = [
+                use for use in uses if use.opcode == "dynamic-slice" and use.operands[0] == parameter.name
+            ]
             updated = [
-                use for use in uses if use.opcode == "dynamic-update-slice" and use.operands[0] == parameter.name
+                use
+                for use in uses
+                if use.opcode == "dynamic-update-slice" and use.operands[0] == parameter.name
             ]
             if uses and len(sliced) == len(uses):
                 moved += sum(_bytes(use.result) for use in sliced) if _in_memory(whole) else 0.0
@@ -225,7 +229,7 @@ def _bytes(text: str) -> float:
 
 
 def _in_memory(text: str) -> float:
-    """Bytes of the arrays of a type that lie in the device's memory; other spaces have a number in the layout."""
+    """Bytes of the arrays of a type that lie in memory; for a cache, the layout has a number."""
     return sum(
         _width(match[1]) * _size(match[2])
         for match in _ARRAY.finditer(text)
@@ -256,7 +260,8 @@ def _first_group(text: str) -> tuple[int, ...]:
         devices = _transposed(tiled[3], tiled[4])
         return tuple(int(device) for device in devices.reshape(groups, size)[0])
     named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        text,
     )
     if not named:
         raise ValueError(f"cannot read the groups of {text[:200]!r}")

@@ -97,7 +97,7 @@ class Workload:
 
 
 def make_workload(config: RunConfig, cells: Cells) -> Workload:
-    """The longest batch that `config` makes of such cells: before the mask takes its share of tissue tokens."""
+    """The longest batch that `config` makes of such cells: before the mask takes its tissue tokens."""
 
     def rung(length: float) -> int:
         return ceil(length / config.data.length_multiple) * config.data.length_multiple

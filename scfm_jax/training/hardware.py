@@ -61,9 +61,15 @@ class Accelerator:
 
 _TABLE = (
     Accelerator("v4", ("TPU v4",), 275e12, 32 * _GIB, 1.200e12, axes=3, link=50e9, wraps=4),
-    Accelerator("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 0.819e12, axes=2, link=50e9, wraps=16),
-    Accelerator("v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, axes=3, link=100e9, wraps=4),
-    Accelerator("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * _GIB), 1.640e12, axes=2, link=100e9, wraps=16),
+    Accelerator(
+        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 0.819e12, axes=2, link=50e9, wraps=16
+    ),
+    Accelerator(
+        "v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, axes=3, link=100e9, wraps=4
+    ),
+    Accelerator(
+        "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * _GIB), 1.640e12, axes=2, link=100e9, wraps=16
+    ),
     Accelerator(
         "a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 78 * _GIB, 2.039e12, link=300e9, network=25e9, per_host=8
     ),
