@@ -119,7 +119,7 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
         ]
     else:
         rows += [("", ""), ("DOES NOT FIT", ""), *(("  try", mend) for mend in plan.mends)]
-    return [f"{name:<16}{value}".rstrip() for name, value in rows]
+    return [f"{name:<18}{value}".rstrip() for name, value in rows]
 
 
 def _gib(number: float) -> str:
