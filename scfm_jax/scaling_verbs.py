@@ -83,7 +83,7 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
     how = "compiled for the topology" if plan.compiled else "reckoned from shapes"
     rows = [
         ("recipe", f"{plan.recipe}: {plan.parameters:,} parameters"),
-        ("topology", f"{plan.topology}: {plan.chips:,} chips, {plan.hosts:,} hosts; {how}"),
+        ("topology", f"{plan.topology}: {plan.chips:,} chips of {_hosts(plan.hosts)}; {how}"),
         ("mesh", mesh),
         ("batch", f"{plan.batch:,} samples{parts}, {plan.lengths[0]:,} and {plan.lengths[1]:,} long"),
         ("kernels", f"attention {plan.attention}, remat {plan.remat}"),
@@ -120,6 +120,10 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
     else:
         rows += [("", ""), ("DOES NOT FIT", ""), *(("  try", mend) for mend in plan.mends)]
     return [f"{name:<18}{value}".rstrip() for name, value in rows]
+
+
+def _hosts(number: int) -> str:
+    return "one host" if number == 1 else f"{number:,} hosts"
 
 
 def _gib(number: float) -> str:

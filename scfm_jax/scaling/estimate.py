@@ -47,7 +47,7 @@ def activation_bytes(config: RunConfig, work: Workload, rows: int) -> float:
     """Bytes that a microbatch of `rows` samples on one device keeps for its backward pass.
 
     Beside what the remat policy keeps, one layer's inner activations are there while it is worked on.
-    Attention is taken to keep what a fused kernel keeps.
+    Attention is taken to keep what a fused kernel keeps, and a tensor axis to split nothing: an upper bound.
     """
     layers = sum(stack.layers for stack in _stacks(config))
     kept, inner = (_kept_per_row(_with(config, remat), work) for remat in (config.model.remat, "none"))

@@ -343,21 +343,22 @@ def _mends(
     rows = work.rows // (shape["data"] * shape["fsdp"] * config.optimiser.accumulation)
     mends = []
     if state > memory / 4 and shape["data"] > 1:
-        mends.append(
-            f"--mesh.fsdp {shape['fsdp'] * _divisor(shape['data'])} (splits parameters and optimiser)"
-        )
+        more = shape["fsdp"] * _divisor(shape["data"], 4 * state / memory)
+        mends.append(f"--mesh.fsdp {more} (splits parameters and optimiser)")
     if rows > 1:
-        parts = config.optimiser.accumulation * _divisor(rows)
+        room = max(memory - state, 1)
+        parts = config.optimiser.accumulation * _divisor(rows, (measured.total - state) / room)
         mends.append(f"--optimiser.accumulation {parts} (fewer samples at a time)")
     if config.model.remat != "full":
-        mends.append(
-            f"--model.remat {'full' if config.model.remat == 'dots' else 'dots'} (keeps less of a layer)"
-        )
+        less = "full" if config.model.remat == "dots" else "dots"
+        mends.append(f"--model.remat {less} (keeps less of a layer)")
     if rows == 1:
         mends.append(f"--mesh.tensor {shape['tensor'] * 2} (splits heads and feed-forward of a sample)")
     return tuple(mends)
 
 
-def _divisor(number: int) -> int:
-    """The smallest divisor above 1."""
-    return next(divisor for divisor in range(2, number + 1) if number % divisor == 0)
+def _divisor(number: int, least: float) -> int:
+    """The smallest divisor from `least` upwards, or the number itself."""
+    return next(
+        (divisor for divisor in range(2, number) if divisor >= least and not number % divisor), number
+    )
