@@ -50,7 +50,9 @@ def activation_bytes(config: RunConfig, work: Workload, rows: int) -> float:
     Attention is taken to keep what a fused kernel keeps, and a tensor axis to split nothing: an upper bound.
     """
     layers = sum(stack.layers for stack in _stacks(config))
-    kept, inner = (_kept_per_row(_with(config, remat), work) for remat in (config.model.remat, "none"))
+    kept, everything, inputs = (
+        _kept_per_row(_with(config, remat), work) for remat in (config.model.remat, "none", "full")
+    )
     mixed = 0.0
     if config.model.remat == "dots":  # a fused kernel's output is kept, that of attention in XLA is not
         width = jnp.dtype(config.model.dtype).itemsize
@@ -59,7 +61,7 @@ def activation_bytes(config: RunConfig, work: Workload, rows: int) -> float:
             stack.layers * length * stack.width * width
             for stack, length in zip(_stacks(config), lengths, strict=False)
         )
-    return rows * (kept + mixed + inner / layers)
+    return rows * (kept + mixed + (everything - inputs) / layers)
 
 
 def collectives(config: RunConfig, mesh: AbstractMesh, work: Workload, parameters: Any) -> list[Collective]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from scfm_jax.data.batch import Batch, SentenceBatch, TissueBatch
-from scfm_jax.errors import check_least
+from scfm_jax.errors import InputError
 from scfm_jax.models.flops import Load
 from scfm_jax.models.tissue import DEPTH_TOKENS, TissueConfig
 from scfm_jax.training.config import RunConfig
@@ -40,8 +40,9 @@ class Cells:
     vocabulary: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "expressed", "panel")
-        check_least(self, 0, "vocabulary")
+        for name, least in (("expressed", 1), ("panel", 1), ("vocabulary", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name}", f"{getattr(self, name)} is no number of genes", "give more")
 
 
 @dataclass(frozen=True)

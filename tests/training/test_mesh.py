@@ -3,14 +3,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from eight_devices import on_eight_devices
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from scfm_jax.errors import InputError
@@ -159,27 +158,6 @@ ONE, CUBE = (1, 1, 1), (2, 2, 2)
 ALL = [ONE, (8, 1, 1), (1, 8, 1), (1, 4, 2), CUBE]
 
 
-def on_eight_devices(program: str, *arguments: str) -> str:
-    """What a Python program prints, on eight simulated devices."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        # A collective holds a thread for each device until all have come: with fewer it waits for ever.
-        env={
-            **os.environ,
-            "XLA_FLAGS": flags,
-            "NPROC": "32",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "rematerialization" not in done.stderr, done.stderr[-2000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize(
     ("family", "meshes"),
     [
@@ -194,7 +172,7 @@ def test_losses_of_twenty_steps_do_not_depend_on_the_mesh(
 ) -> None:
     run: RunConfig = request.getfixturevalue(family)
     told = on_eight_devices(LOSSES, json.dumps(dataclasses.asdict(run)), json.dumps(meshes))
-    one, *others = np.array([json.loads(line) for line in told.splitlines()])
+    one, *others = np.array([json.loads(line) for line in told])
     assert len(one) == 20 and one[-1] < one[0]
     for shape, losses in zip(meshes[1:], others, strict=True):
         np.testing.assert_allclose(losses, one, rtol=1e-5, err_msg=str(shape))
