@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 from scfm_jax.models.functional import abstract
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.sharding import Split, constrain, split_by
+from scfm_jax.models.stack import StackConfig
 from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 NAMES = ("data", "fsdp", "tensor")
@@ -60,9 +61,8 @@ def constraints(function: Callable[..., Any], *arguments: Any) -> set[tuple[tupl
 
 def test_rows_and_feed_forward_of_the_transformer_are_split() -> None:
     config = TransformerConfig(layers=2, heads=2, width=16, hidden=24)
-    graph, shapes, _ = abstract(
-        lambda rngs: Transformer(config, init_std=0.1, dtype=jnp.float32, remat="dots", rngs=rngs)
-    )
+    compute = StackConfig(jnp.float32, "dots")
+    graph, shapes, _ = abstract(lambda rngs: Transformer(config, init_std=0.1, compute=compute, rngs=rngs))
     x = jnp.ones((4, 6, 16))
 
     def run(parameters: Any, x: Any) -> jax.Array:
