@@ -18,7 +18,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
 from scfm_jax.models.embeddings import GeneEmbedding, padded_size, rows_of
-from scfm_jax.models.linear import make_linear, project_together
+from scfm_jax.models.linear import make_linear
 from scfm_jax.models.sharding import constrain
 from scfm_jax.models.stack import RematName, StackConfig, scan_layers, stacked
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
@@ -109,7 +109,7 @@ class PostNormBlock(nnx.Module):
 
         # Projections see tokens in one axis, as in `transformer.Block`.
         y = x.reshape(-1, x.shape[-1])
-        query, key, value = map(heads, project_together(y, self.query, self.key, self.value))
+        query, key, value = (heads(project(y)) for project in (self.query, self.key, self.value))
         mixed = attention(query, key, value, lengths, implementation=implementation)
         y = self.attention_norm(y + self.output(mixed.reshape(y.shape)))
         y = self.feed_forward_norm(y + self.down(constrain(jax.nn.relu(self.up(y)), "batch", "mlp")))

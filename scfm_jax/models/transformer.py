@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
-from scfm_jax.models.linear import make_linear, project_together
+from scfm_jax.models.linear import make_linear
 from scfm_jax.models.rotary import rotary_tables, rotate
 from scfm_jax.models.sharding import constrain
 from scfm_jax.models.stack import StackConfig, scan_layers, stacked
@@ -114,17 +114,15 @@ class Block(nnx.Module):
         # Projections see tokens in one axis: on a CPU the gradient of a weight over two axes costs twice the
         # time.
         y = self.attention_norm(x).reshape(-1, x.shape[-1])
-        query, key, value = map(heads, project_together(y, self.query, self.key, self.value))
-        query, key = rotate(query, tables), rotate(key, tables)
+        query, key = (rotate(heads(project(y)), tables) for project in (self.query, self.key))
         if attend_padding:
             real = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None, None]
             query, key = jnp.where(real, query, 0), jnp.where(real, key, 0)
             lengths = jnp.full_like(lengths, x.shape[1])
-        mixed = attention(query, key, value, lengths, implementation=implementation)
+        mixed = attention(query, key, heads(self.value(y)), lengths, implementation=implementation)
         x = x + self.output(mixed.reshape(y.shape)).reshape(x.shape)
         y = self.feed_forward_norm(x).reshape(y.shape)
-        gate, up = project_together(y, self.gate, self.up)
-        inner = constrain(jax.nn.silu(gate) * up, "batch", "mlp")
+        inner = constrain(jax.nn.silu(self.gate(y)) * self.up(y), "batch", "mlp")
         return x + self.down(inner).reshape(x.shape)
 
 
