@@ -59,14 +59,15 @@ class NicheformerConfig:
     attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematName = "none"
-    unroll: int = 1
+    unroll: int = 0
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
         return {"heads": self.heads, "norm_epsilon": self.norm_epsilon}
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "layers", "heads", "width", "hidden", "positions", "unroll")
+        check_least(self, 1, "layers", "heads", "width", "hidden", "positions")
+        check_least(self, 0, "unroll")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")
 
@@ -129,7 +130,7 @@ class Nicheformer(nnx.Module):
 
     def __init__(self, config: NicheformerConfig, n_genes: int, *, rngs: nnx.Rngs) -> None:
         self.dtype, self.attention = jnp.dtype(config.dtype), config.attention
-        self.compute = StackConfig(self.dtype, config.remat, min(config.unroll, config.layers))
+        self.compute = StackConfig(self.dtype, config.remat, config.unroll)
         self.n_tokens = n_genes + RESERVED_TOKENS
         width = config.width
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
 from scfm_jax.models.linear import make_linear
@@ -66,7 +67,12 @@ class TissueConfig:
     attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: RematName = "none"
-    unroll: int = 1
+    unroll: int = 0
+    attend_padding: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "bins")
+        check_least(self, 0, "unroll")
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
@@ -74,8 +80,6 @@ class TissueConfig:
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             named |= {f"{name}.{field}": getattr(stack, field) for field in ("heads", "norm", "norm_epsilon")}
         return named
-
-    attend_padding: bool = False
 
 
 class TissueModel(nnx.Module):
@@ -108,10 +112,8 @@ class TissueModel(nnx.Module):
             init_std=std,
             rngs=rngs,
         )
-        compute = [
-            StackConfig(dtype, config.remat, min(config.unroll, stack.layers)) for stack in (wide, narrow)
-        ]
-        self.encoder = Transformer(wide, init_std=std, compute=compute[0], rngs=rngs)
+        compute = StackConfig(dtype, config.remat, config.unroll)
+        self.encoder = Transformer(wide, init_std=std, compute=compute, rngs=rngs)
         self.decoder_embed = make_linear(
             wide.width,
             narrow.width,
@@ -121,7 +123,7 @@ class TissueModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.decoder = Transformer(narrow, init_std=std, compute=compute[1], rngs=rngs)
+        self.decoder = Transformer(narrow, init_std=std, compute=compute, rngs=rngs)
         # scFoundation's wiring: one more norm after the stack's own, always a LayerNorm.
         self.decoder_norm = nnx.LayerNorm(
             narrow.width,
