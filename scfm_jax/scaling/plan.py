@@ -28,7 +28,7 @@ from scfm_jax.scaling.estimate import (
     memory_traffic,
     positions,
 )
-from scfm_jax.scaling.hlo import Collective, Program
+from scfm_jax.scaling.hlo import Collective, ProgramText
 from scfm_jax.scaling.topology import Topology
 from scfm_jax.scaling.workload import Cells, Workload, make_workload
 from scfm_jax.training.config import RunConfig
@@ -248,7 +248,7 @@ def _compile(config: RunConfig, topology: Topology, work: Workload) -> _Measured
     except jax.errors.JaxRuntimeError as error:
         total = _needed(str(error), config.name)
     else:
-        text = Program(compiled.as_text())
+        text = ProgramText(compiled.as_text())
         moved, found = text.memory_traffic(), text.collectives()
         memory = compiled.memory_analysis()
         total = (
