@@ -100,7 +100,7 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
         ("", ""),
         ("a step", f"{plan.flops:.3g} model FLOPs, {plan.tokens:,} tokens"),
     ]
-    if plan.fits:
+    if plan.fits and plan.memory_seconds is not None and plan.network_seconds is not None:
         rows += [
             *(
                 (

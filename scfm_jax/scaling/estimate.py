@@ -6,6 +6,7 @@ tables of `training.mesh` make the partitioner gather and reduce.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -122,6 +123,7 @@ def _with(config: RunConfig, remat: Any) -> RunConfig:
     return replace(config, model=replace(config.model, remat=remat, attention="chunked"))
 
 
+@functools.cache
 def _kept_per_row(config: RunConfig, work: Workload) -> float:
     """Bytes that one more sample makes the backward pass keep."""
     learning = learning_of(config, work.n_genes)

@@ -90,7 +90,7 @@ class _Instruction:
         return [*_CALLED.findall(self.rest), *branches, *applied]
 
 
-class Program:
+class ProgramText:
     """The text of a compiled program, by computation.
 
     Parameters

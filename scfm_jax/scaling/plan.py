@@ -28,7 +28,7 @@ from scfm_jax.scaling.estimate import (
     memory_traffic,
     positions,
 )
-from scfm_jax.scaling.hlo import Collective, Program
+from scfm_jax.scaling.hlo import Collective, ProgramText
 from scfm_jax.scaling.topology import Topology
 from scfm_jax.scaling.workload import Cells, Workload, make_workload
 from scfm_jax.training.config import RunConfig
@@ -85,10 +85,11 @@ class Plan:
     flops, tokens
         Of a step over all devices, by padded lengths, recomputation excluded.
     compute_seconds, memory_seconds, network_seconds
-        Each alone, at full speed; recomputation included.
-    share_of_peak
-        Model FLOPs over the peak in the longest of the three: the most that can be reached where the three
-        overlap whole.
+        Each alone, at full speed; recomputation included. Without a program, because it does not fit, nobody
+        knows the last two.
+    share_of_peak, limit
+        Model FLOPs over the peak in the longest of the three, and which that is: the most that can be reached
+        where the three overlap whole.
     mends
         What to change where it does not fit.
     """
@@ -116,10 +117,10 @@ class Plan:
     tokens: int
     traffic: tuple[Traffic, ...]
     compute_seconds: float
-    memory_seconds: float
-    network_seconds: float
-    share_of_peak: float
-    limit: str
+    memory_seconds: float | None
+    network_seconds: float | None
+    share_of_peak: float | None
+    limit: str | None
     mends: tuple[str, ...]
 
     @property
@@ -152,12 +153,11 @@ def make_plan(config: RunConfig, topology: Topology, cells: Cells, *, batch: int
     traffic = _by_kind(measured.collectives, topology, measured.positions, shape)
     flops = training_flops(config.model, work.n_genes, work.load)
     compute = _executed_flops(config, topology, work, attention) / topology.chips / accelerator.peak_flops
-    seconds = {
-        "compute": compute,
-        "memory": measured.moved / accelerator.memory_bandwidth,
-        "network": sum(each.seconds for each in traffic),
-    }
-    limit = max(seconds, key=lambda name: seconds[name])
+    seconds, limit = {"compute": compute}, None
+    if measured.moved is not None:
+        seconds["memory"] = measured.moved / accelerator.memory_bandwidth
+        seconds["network"] = sum(each.seconds for each in traffic)
+        limit = max(seconds, key=lambda name: seconds[name])
     total = measured.total
     return Plan(
         recipe=config.name,
@@ -182,10 +182,10 @@ def make_plan(config: RunConfig, topology: Topology, cells: Cells, *, batch: int
         flops=flops,
         tokens=work.rows * work.first,
         traffic=traffic,
-        compute_seconds=seconds["compute"],
-        memory_seconds=seconds["memory"],
-        network_seconds=seconds["network"],
-        share_of_peak=flops / topology.chips / accelerator.peak_flops / seconds[limit],
+        compute_seconds=compute,
+        memory_seconds=seconds.get("memory"),
+        network_seconds=seconds.get("network"),
+        share_of_peak=flops / topology.chips / accelerator.peak_flops / seconds[limit] if limit else None,
         limit=limit,
         mends=_mends(config, shape, work, measured, accelerator.memory),
     )
@@ -197,7 +197,7 @@ class _Measured:
     parameter_bytes: int
     optimiser_bytes: int
     total: float
-    moved: float
+    moved: float | None
     collectives: list[Collective]
     positions: list[tuple[int, ...]]
 
@@ -242,13 +242,13 @@ def _compile(config: RunConfig, topology: Topology, work: Workload) -> _Measured
     mesh = make_mesh(config.mesh, topology.devices)
     program = make_program(config, mesh, learning_of(config, work.n_genes))
     lowered = program.step.lower(program.like, work.batch(type(config.model)))
-    moved, found = 0.0, []
+    moved, found = None, []
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         total = _needed(str(error), config.name)
     else:
-        text = Program(compiled.as_text())
+        text = ProgramText(compiled.as_text())
         moved, found = text.memory_traffic(), text.collectives()
         memory = compiled.memory_analysis()
         total = (

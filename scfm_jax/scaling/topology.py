@@ -96,7 +96,7 @@ class Topology:
             raise InputError(
                 "--topology",
                 f"{self.name!r} needs the compiler of TPUs (libtpu), which is not installed",
-                "pip install 'scfm_jax[tpu]'",
+                "install the extra: pip install '.[tpu]'",
             ) from error
         if len(devices) != self.chips:
             raise InputError(

@@ -7,7 +7,7 @@ import json
 import pytest
 from eight_devices import on_eight_devices
 
-from scfm_jax.scaling.hlo import Collective, Program
+from scfm_jax.scaling.hlo import Collective, ProgramText
 
 LOOP = """HloModule step, entry_computation_layout={()->f32[]}
 
@@ -69,8 +69,8 @@ ENTRY %main (rows: f32[7,256], x: bf16[8,64]) -> f32[] {
 """
 
 
-def program(groups: str = "{{0,1}}") -> Program:
-    return Program(LOOP.replace("GROUPS", groups))
+def program(groups: str = "{{0,1}}") -> ProgramText:
+    return ProgramText(LOOP.replace("GROUPS", groups))
 
 
 def test_collectives_count_as_often_as_they_run() -> None:
@@ -109,14 +109,14 @@ def test_groups_are_read_in_every_spelling(groups: str, first: tuple[int, ...]) 
 def test_a_loop_whose_end_is_not_known_is_an_error() -> None:
     text = LOOP.replace("%end = s32[]{:T(128)} constant(7)", "%end = s32[] get-tuple-element(%c), index=0")
     with pytest.raises(ValueError, match="cannot tell how often loop runs"):
-        Program(text).collectives()
+        ProgramText(text).collectives()
 
 
 COMPILED = """
 import json
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from scfm_jax.scaling.hlo import Program
+from scfm_jax.scaling.hlo import ProgramText
 
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 place = lambda *axes: NamedSharding(mesh, P(*axes))
@@ -135,7 +135,7 @@ weights = shape(place(None, "fsdp"), 5, 64, 64)
 x = shape(place(("data", "fsdp")), 8, 64)
 for function in (layers, jax.grad(loss)):
     compiled = jax.jit(function, out_shardings=x.sharding if function is layers else weights.sharding)
-    found = Program(compiled.lower(weights, x).compile().as_text()).collectives()
+    found = ProgramText(compiled.lower(weights, x).compile().as_text()).collectives()
     print(json.dumps([(c.kind, c.size, c.group, c.times) for c in found]))
 """
 

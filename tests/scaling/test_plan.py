@@ -219,3 +219,13 @@ def test_a_billion_parameters_fit_64_chips(name: str) -> None:
         sum(each.sent for each in made.traffic if each.kind == "all-gather") for made in (compiled, reckoned)
     ]
     assert gathers[0] == pytest.approx(gathers[1], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the compiler of TPUs: pip install '.[tpu]'")
+def test_what_the_compiler_refuses_says_how_much_it_takes() -> None:
+    config = load_recipe(EXPERIMENTS / "tissue_1b.py")
+    made = make_plan(config, Topology.parse("v5e:4x4"), Cells())
+    assert not made.fits and made.total_bytes > made.parameter_bytes + made.optimiser_bytes
+    assert made.mends[0].startswith("--optimiser.accumulation ")
+    assert made.memory_seconds is made.network_seconds is made.share_of_peak is None
