@@ -233,6 +233,10 @@ class Corpus:
         """Return the number of each cell's slide."""
         return (np.searchsorted(self.slide_starts, self._checked(index), side="right") - 1).astype(np.int32)
 
+    def block_of(self, index: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Return the block of `BLOCK` that each cell is stored in, numbered over the corpus."""
+        return self._located(self._checked(index))[0]
+
     def cells(self, index: Int[np.ndarray, " n"]) -> Cells:
         """Read the expressed genes of cells.
 
