@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
+from scfm_jax.data.stream import CellBlocks
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.models.functional import count_parameters
 from scfm_jax.training.checkpoint import Checkpoints
@@ -56,8 +57,7 @@ def train(config: RunConfig, folder: Path, *, resume: bool = False, report: Repo
         The folder holds a run already, or (resuming) one of another corpus or config.
     """
     corpus = Corpus.open(config.corpus, cache_bytes=config.data.cache_mib << 20)
-    split = split_cells(corpus, config.split)
-    train_cells, test_cells = select_cells(corpus, split, config)
+    train_cells, test_cells = select_cells(corpus, split_cells(corpus, config.split), config)
     task = make_task(config, corpus)
     loader = task.loader(train_cells, (jax.process_index(), jax.process_count()))
 
@@ -178,8 +178,8 @@ def initial_parameters(folder: Path, config: RunConfig, corpus: Corpus, like: An
 
 def select_cells(
     corpus: Corpus, split: Split, config: RunConfig
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
-    """Cells to train on, and the held-out cells that evaluations look at, both ascending."""
+) -> tuple[CellBlocks, Int64[np.ndarray, " m"]]:
+    """Cells to train on, and the numbers of the held-out cells that evaluations look at, ascending."""
     chosen = np.array([config.takes(slide.technology) for slide in corpus.slides])
     if not chosen.any():
         there = sorted({slide.technology for slide in corpus.slides})
@@ -188,12 +188,15 @@ def select_cells(
             f"has no slide of technologies {', '.join(config.technologies)}",
             f"there are {', '.join(there)}",
         )
-    of_cell = np.repeat(chosen, np.diff(corpus.slide_starts))
-    train_cells, test_cells = (np.flatnonzero(cells & of_cell) for cells in (split.is_train, split.is_test))
+    train_cells, test_cells = (CellBlocks.of(corpus, cells) for cells in (split.is_train, split.is_test))
+    train_cells, test_cells = (
+        cells.only(chosen[corpus.slide_of(cells.first)]) for cells in (train_cells, test_cells)
+    )
     if config.evaluate_cells and len(test_cells) > config.evaluate_cells:
         random = np.random.default_rng(config.split.seed)
-        test_cells = np.sort(random.choice(test_cells, config.evaluate_cells, replace=False))
-    return train_cells, test_cells
+        places = random.choice(len(test_cells), config.evaluate_cells, replace=False)
+        return train_cells, test_cells.at(np.sort(places))
+    return train_cells, test_cells.numbers()
 
 
 def evaluate_cells(
