@@ -191,6 +191,13 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def _without_python() -> jax.profiler.ProfileOptions:
+    """No trace of Python's calls, which would slow the steps down and fill the trace."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    return options
+
+
 def profiled(
     steps: Iterable[tuple[int, Item]], span: tuple[int, int] | None, folder: Path, settle: Callable[[], None]
 ) -> Iterator[tuple[int, Item]]:
@@ -204,7 +211,7 @@ def profiled(
         for step, item in steps:
             if span and not tracing and first <= step <= last:
                 settle()
-                jax.profiler.start_trace(str(folder))
+                jax.profiler.start_trace(str(folder), profiler_options=_without_python())
                 tracing = True
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 yield step, item

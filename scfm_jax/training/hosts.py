@@ -86,9 +86,9 @@ def joined(distributed_by: str | None) -> Iterator[None]:
     watch = _Watch()
     try:
         yield
+        watch.end()
     except BaseException as error:
         watch.fail(error)
-    watch.end()
     jax.distributed.shutdown()
 
 
@@ -176,10 +176,13 @@ class _Watch:
 
     def _listen(self) -> None:
         """Wait for the verdict; an empty one says that all is well and over."""
-        try:
-            verdict = self._client.blocking_key_value_get("scfm_jax/verdict", 10**9)
-        except jax.errors.JaxRuntimeError:
-            verdict = f"{self._name(0)}, which keeps the others together, is gone"
+        verdict = None
+        while verdict is None:
+            try:
+                verdict = self._client.blocking_key_value_get("scfm_jax/verdict", _PATIENCE * 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if not str(error).startswith("DEADLINE_EXCEEDED"):
+                    verdict = f"{self._name(0)}, which keeps the others together, is gone"
         if not verdict or self._over.is_set():
             return
         _print(f"scfm: {verdict}; all hosts stop: the same command with --resume goes on")

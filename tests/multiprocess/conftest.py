@@ -45,8 +45,8 @@ def start_pod(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Itera
     cache = tmp_path_factory.getbasetemp() / "compiled"
     pods: list[Pod] = []
 
-    def start(config: RunConfig, hosts: int, *flags: str, devices: int = 1) -> Pod:
-        pods.append(Pod(tmp_path, config, hosts, *flags, devices=devices, cache=cache))
+    def start(config: RunConfig, hosts: int, *flags: str, devices: int = 1, odd: tuple[str, ...] = ()) -> Pod:
+        pods.append(Pod(tmp_path, config, hosts, *flags, devices=devices, cache=cache, odd=odd))
         return pods[-1]
 
     yield start

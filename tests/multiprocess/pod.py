@@ -33,14 +33,25 @@ class Pod:
         Where recipe, run directory and what the hosts say are kept.
     config
         Of the run.
-    hosts, devices
-        Processes, and simulated devices of each.
+    hosts
+        Processes.
     flags
         Of the command.
+    devices, cache
+        Simulated devices of each host; where compilations are kept.
+    odd
+        Flags of the last host alone.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, hosts: int, *flags: str, devices: int = 1, cache: Path
+        self,
+        folder: Path,
+        config: RunConfig,
+        hosts: int,
+        *flags: str,
+        devices: int,
+        cache: Path,
+        odd: tuple[str, ...],
     ) -> None:
         self.run = folder / "run"
         (folder / "recipe.py").write_text(RECIPE)
@@ -61,9 +72,10 @@ class Pod:
         self.processes = []
         for number, log in enumerate(self._logs):
             join = ["--distributed", f"{address},{hosts},{number}"] if hosts > 1 else []
+            own = (*flags, *odd) if number == hosts - 1 else flags
             with log.open("w") as file:
                 self.processes.append(
-                    subprocess.Popen([*command, *flags, *join], env=environment, stdout=file, stderr=file)
+                    subprocess.Popen([*command, *own, *join], env=environment, stdout=file, stderr=file)
                 )
 
     def wait(self, timeout: float = 120.0) -> list[int]:
