@@ -19,7 +19,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from scfm_jax.training.mesh import batch_sharding
 
 _BEAT = 2.0  # seconds between signs of life
 _SILENCE = 30.0  # seconds without one after which a host is dead
-_DOUBTED = 5 * _BEAT  # the same where a collective has failed already: the run is lost, and only why is open
+_DOUBTED = 5 * _BEAT  # the same where a host has failed already: the run is lost, and only why is open
 _JAX_SILENCE = 60  # seconds after which JAX aborts, should these threads have failed
 _PATIENCE = 600  # seconds that hosts wait for each other's messages
 _AGREE = 2.0  # seconds, about, between two agreements to go on
@@ -190,10 +190,9 @@ class _Watch:
 
     def _say(self, verdict: str) -> None:
         """Pass a verdict, unless there is one."""
-        try:
+        # It cannot where another was first, or nobody is there to hear it.
+        with suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set("scfm_jax/verdict", verdict)
-        except jax.errors.JaxRuntimeError:
-            return  # another was first, or nobody is there to hear it
 
     def _leave(self, status: int) -> None:
         """End this process at once, whatever its other threads wait for; host 0, which all hear, last."""
@@ -204,20 +203,26 @@ class _Watch:
 
     def fail(self, error: BaseException) -> None:
         """Tell the others what went wrong here, and end this process."""
-        if _of_devices(error):
-            # Most likely another host has died in a collective. If so, the verdict ends this process first.
-            self._client.key_value_set(f"scfm_jax/doubts/{self._host}", "")
-            time.sleep(_DOUBTED + 3 * _BEAT)
-        self._over.set()
-        said = error if isinstance(error, InputError) else type(error).__name__
         if isinstance(error, InputError):
-            _print(f"scfm: {error}")
+            told, status = str(error), 2
+        elif isinstance(error, KeyboardInterrupt):
+            told, status = "interrupted", 130
         else:
+            told, status = type(error).__name__, 1
+            # Most likely another host has died in a collective. If so, the verdict ends this process first.
+            self._doubt()
+            time.sleep(_DOUBTED + 3 * _BEAT)
             traceback.print_exception(error)
-        self._say(f"{self._name(self._host)} failed ({said})")
-        self._leave(
-            2 if isinstance(error, InputError) else 130 if isinstance(error, KeyboardInterrupt) else 1
-        )
+        self._over.set()
+        if status != 1:
+            _print(f"scfm: {told}")
+        self._say(f"{self._name(self._host)} failed ({told})")
+        self._leave(status)
+
+    def _doubt(self) -> None:
+        """Let host 0 know that the run is lost, so that it looks sooner for who has died."""
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"scfm_jax/doubts/{self._host}", "")
 
     def end(self) -> None:
         """Wait for all hosts to come here, then be silent without being missed."""
@@ -227,15 +232,6 @@ class _Watch:
             self._say("")
         for thread in self._threads:
             thread.join()
-
-
-def _of_devices(error: BaseException | None) -> bool:
-    """Whether a failed computation or message is the error, or what caused it."""
-    while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _print(line: str) -> None:

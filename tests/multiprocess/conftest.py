@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pod import Pod, StartPod
@@ -39,14 +40,19 @@ def pod_config(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> R
     return dataclasses.replace(config, corpus=str(folder / "corpus"), data=data)
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the hosts of all tests keep what they compile."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def start_pod(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Iterator[StartPod]:
+def start_pod(cache: Path, tmp_path: Path) -> Iterator[StartPod]:
     """Starts hosts over one run directory, and ends those that a test leaves behind."""
-    cache = tmp_path_factory.getbasetemp() / "compiled"
     pods: list[Pod] = []
 
-    def start(config: RunConfig, hosts: int, *flags: str, devices: int = 1, odd: tuple[str, ...] = ()) -> Pod:
-        pods.append(Pod(tmp_path, config, hosts, *flags, devices=devices, cache=cache, odd=odd))
+    def start(config: RunConfig, hosts: int, *flags: str, **more: Any) -> Pod:
+        pods.append(Pod(tmp_path, config, hosts, *flags, cache=cache, **more))
         return pods[-1]
 
     yield start

@@ -49,9 +49,9 @@ class Pod:
         config: RunConfig,
         hosts: int,
         *flags: str,
-        devices: int,
         cache: Path,
-        odd: tuple[str, ...],
+        devices: int = 1,
+        odd: tuple[str, ...] = (),
     ) -> None:
         self.run = folder / "run"
         (folder / "recipe.py").write_text(RECIPE)

@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pod import StartPod
+from pod import Pod, StartPod
 
 from scfm_jax.training.config import MeshConfig, RunConfig
 from scfm_jax.training.metrics import CLOCKED, read_metrics
-from scfm_jax.training.train import train
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +22,12 @@ def twenty(pod_config: RunConfig) -> RunConfig:
 
 
 @pytest.fixture(scope="session")
-def alone(twenty: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def alone(twenty: RunConfig, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Rows of the same run on one host, never stopped."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    assert train(dataclasses.replace(twenty, checkpoint_every=20), folder) == 20
-    return read_metrics(folder / "metrics.jsonl")
+    folder = tmp_path_factory.mktemp("alone")
+    pod = Pod(folder, dataclasses.replace(twenty, checkpoint_every=20), 1, cache=cache)
+    assert pod.wait() == [0], pod.said()
+    return read_metrics(pod.run / "metrics.jsonl")
 
 
 def assert_same_rows(folder: Path, alone: list[dict[str, Any]]) -> None:
@@ -52,7 +52,8 @@ def test_sigterm_on_one_host_saves_on_all_and_another_number_goes_on(
     assert max(int(path.name) for path in (pod.run / "checkpoints").iterdir()) == steps[-1]
     first, second = pod.said()
     assert f"stopped and saved at step {steps[-1]}" in first and "stopped" not in second
-    assert train(dataclasses.replace(twenty, checkpoint_every=20), pod.run, resume=True) == 20
+    one = start_pod(dataclasses.replace(twenty, checkpoint_every=20), 1, "--resume")
+    assert one.wait() == [0], one.said()
     assert_same_rows(pod.run, alone)
 
 
@@ -86,7 +87,13 @@ def test_hosts_train_like_one(
 
 
 @pytest.mark.slow
-def test_sentences_too(start_pod: StartPod, ranks: RunConfig, twenty: RunConfig, tmp_path: Path) -> None:
+def test_sentences_too(
+    start_pod: StartPod,
+    ranks: RunConfig,
+    twenty: RunConfig,
+    cache: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     run = dataclasses.replace(
         ranks,
         corpus=twenty.corpus,
@@ -94,10 +101,11 @@ def test_sentences_too(start_pod: StartPod, ranks: RunConfig, twenty: RunConfig,
         optimiser=twenty.optimiser,
         checkpoint_every=20,
     )
-    train(run, tmp_path / "alone")
+    one = Pod(tmp_path_factory.mktemp("alone"), run, 1, cache=cache)
+    assert one.wait() == [0], one.said()
     pod = start_pod(run, 2)
     assert pod.wait() == [0, 0], pod.said()
-    assert_same_rows(pod.run, read_metrics(tmp_path / "alone" / "metrics.jsonl"))
+    assert_same_rows(pod.run, read_metrics(one.run / "metrics.jsonl"))
 
 
 # Hosts, devices of each, mesh, and the step after which they are stopped.
@@ -131,7 +139,8 @@ def test_a_run_moves_on(
 @pytest.mark.parametrize("dead", [0, 3])
 def test_one_of_four_dies(start_pod: StartPod, twenty: RunConfig, dead: int) -> None:
     """With a checkpoint at every step, most likely while one is written."""
-    pod = start_pod(twenty, 4, "--optimiser.steps", "100000", "--evaluate_every", "100000")
+    rarely = dataclasses.replace(twenty, evaluate_every=1_000)
+    pod = start_pod(rarely, 4, "--optimiser.steps", "100000")
     pod.reach(5)
     pod.processes[dead].kill()
     statuses = pod.wait(60)
@@ -139,7 +148,7 @@ def test_one_of_four_dies(start_pod: StartPod, twenty: RunConfig, dead: int) -> 
     for host, said in enumerate(pod.said()):
         # JAX itself aborts at once where host 0, which keeps its service, is gone.
         assert host == dead or f"host {dead} of 4" in said or "leader task" in said, said
-    resumed = start_pod(twenty, 1, "--resume")
+    resumed = start_pod(rarely, 1, "--resume")
     assert resumed.wait() == [0], resumed.said()
 
 
