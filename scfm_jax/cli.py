@@ -26,6 +26,8 @@ def train(
     run: Positional[Path],
     /,
     resume: bool = False,
+    distributed: str | None = None,
+    profile: str | None = None,
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
     """Pretrain a model. Any field of the recipe is a flag: --corpus PATH --optimiser.steps 500.
@@ -37,18 +39,30 @@ def train(
     run
         The run directory to write.
     resume
-        Go on from the newest checkpoint of the run directory.
+        Go on from the newest checkpoint of the run directory, on any number of hosts and devices.
+    distributed
+        How several hosts find each other: auto (as SLURM, Open MPI, GKE and TPU VMs say),
+        ADDRESS:PORT,COUNT,NUMBER, or off. If not given, auto where a launcher started several processes.
+    profile
+        START:STOP, the first and the last step to trace, into profile/ of the run directory.
     """
     from scfm_jax.console import TrainingBar
+    from scfm_jax.training.clock import parse_steps
     from scfm_jax.training.config import load_recipe, override
+    from scfm_jax.training.hosts import is_primary, joined
     from scfm_jax.training.train import train
 
     config = override(load_recipe(recipe), overrides, str(recipe))
     if not config.corpus:
         raise InputError(recipe, "names no corpus", "add --corpus PATH")
     _cache_compilations()
-    with TrainingBar(config.optimiser.steps) as bar:
-        done = train(config, run, resume=resume, report=bar.report)
+    steps = parse_steps(profile) if profile else None
+    with joined(distributed):
+        with TrainingBar(config.optimiser.steps, quiet=not is_primary()) as bar:
+            done = train(config, run, resume=resume, profile=steps, report=bar.report)
+        speaks = is_primary()
+    if not speaks:
+        return
     if done < config.optimiser.steps:
         print(f"stopped and saved at step {done:,}: the same command with --resume goes on")
     else:
@@ -287,6 +301,9 @@ def _split_overrides(words: list[str], its_own: Sequence[str]) -> tuple[list[str
     for word in rest:
         if not word.startswith("--") or word.partition("=")[0] in (*its_own, "--help"):
             own.append(word)
+            continue
+        if word.partition("=")[0] in ("--distributed", "--profile"):
+            own.extend([word] if "=" in word else [word, *itertools.islice(rest, 1)])
             continue
         flags.append(word)
         if "=" not in word:

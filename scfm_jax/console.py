@@ -87,7 +87,9 @@ class TrainingBar(Bar):
         if "parameters" in row:
             self.say(
                 f"{row['training_cells']:,} training cells, {row['held_out_cells']:,} held out; "
-                f"{row['parameters']:,} parameters; {row['devices']}; attention {row['attention']}"
+                f"{row['parameters']:,} parameters; {row['devices']}"
+                + (f" on {row['hosts']} hosts" if row["hosts"] > 1 else "")
+                + f"; attention {row['attention']}"
                 + (f"; resumed at step {row['step']:,}" if row["step"] else "")
             )
         elif "held_out_loss" in row:
@@ -95,7 +97,11 @@ class TrainingBar(Bar):
             parts = ", ".join(f"{name} {row[key]:.4f}" for key, name in _HELD_OUT_PARTS.items() if key in row)
             self.say(f"step {row['step']:,}: held-out loss {row['held_out_loss']:.4f} ({parts})")
         else:
-            note = f"loss {row['loss']:.4f}{self._held_out}  {row['tokens_per_second']:,.0f} tokens/s"
+            note = (
+                f"loss {row['loss']:.4f}{self._held_out}  {row['real_tokens_per_second']:,.0f} real tokens/s"
+            )
+            if row["mfu"] is not None:
+                note += f"  MFU {row['mfu']:.1%}"
             self.update(row["step"], self._steps, note)
 
 

@@ -219,8 +219,9 @@ def column_masking_loss(
     Returns
     -------
     ``loss`` and ``weight`` (their ratio is the loss), and for the squared error in log1p units, whatever the
-    loss, sums and counts over the masked non-zeros and zeros; ``tokens``, the real tokens that the encoder
-    saw.
+    loss, sums and counts over the masked non-zeros and zeros; ``tokens`` and ``pairs``, the real tokens that
+    the encoder saw and their (query, key) pairs; ``second_tokens`` and ``second_pairs``, the same of the
+    decoder.
     """
     said = predict(model, batch, key, config, n_genes=n_genes, coordinates=coordinates)
     counts = jnp.maximum(batch.decoder_counts, 0).astype(jnp.float32)  # -1 is not measured, and never masked
@@ -239,6 +240,7 @@ def column_masking_loss(
     if config.loss_weights == "inverse_rate":
         weight = entry / jnp.where(expressed, config.nonzero_rate, config.zero_rate)
     squared = (said.value - said.target) ** 2
+    real, decoded = (batch.cells >= 0).sum(1), (batch.decoder_genes >= 0).sum(1)
     return {
         "loss": (weight * error).sum(),
         "weight": weight.sum(),
@@ -246,7 +248,10 @@ def column_masking_loss(
         "nonzero_count": (entry * expressed).sum(),
         "zero_error": (entry * ~expressed * squared).sum(),
         "zero_count": (entry * ~expressed).sum(),
-        "tokens": ((batch.cells >= 0).sum(1) * batch.weight).sum(),
+        "tokens": (real * batch.weight).sum(),
+        "pairs": (real.astype(jnp.float32) ** 2 * batch.weight).sum(),
+        "second_tokens": (decoded * batch.weight).sum(),
+        "second_pairs": (decoded.astype(jnp.float32) ** 2 * batch.weight).sum(),
     }
 
 

@@ -141,7 +141,8 @@ def masked_genes_loss(
     ``loss`` and ``weight`` (their ratio is the cross-entropy in nats), ``top1_error`` and ``top1_count``
     (masked genes that are not the most likely one), ``cut_share`` and ``cut_count`` (of the cells' genes,
     those that their sentences had no room for), ``niche_cut_share`` and ``niche_cut_count`` for a model with
-    a niche, ``tokens``, the real tokens that the encoder saw.
+    a niche, ``tokens`` and ``pairs``, the real tokens that the encoder saw and their (query, key) pairs,
+    ``second_tokens``, the masked places, and ``second_pairs``, of which there are none.
     """
     scores = masked_gene_scores(model, batch, key, config)
     real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
@@ -151,6 +152,9 @@ def masked_genes_loss(
         "top1_error": (scores.entry * scores.missed).sum(),
         "top1_count": scores.entry.sum(),
         "tokens": (batch.lengths * batch.weight).sum(),
+        "pairs": (batch.lengths.astype(jnp.float32) ** 2 * batch.weight).sum(),
+        "second_tokens": ((batch.places >= 0).sum(1) * batch.weight).sum(),
+        "second_pairs": jnp.zeros(()),
     }
     for segment, name in enumerate(("cut", "niche_cut") if model.has_niche else ("cut",)):
         cut = batch.cut[:, segment]

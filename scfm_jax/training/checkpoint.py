@@ -42,6 +42,9 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
+        newest = self._checkpointer.latest
+        # Hosts must agree on what is saved, and need not see a finished write at the same time.
+        self._newest = None if newest is None else newest.step
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -49,13 +52,16 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the last write to end."""
         self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        """Step of the newest checkpoint, if only begun to be written."""
+        return self._newest
 
     @property
     def best(self) -> int | None:
@@ -67,8 +73,9 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, *, held_out_loss: float | None = None) -> None:
         """Start to write the state after `step` steps; a step that is there already is left."""
-        if self.latest == step:
+        if self._newest == step:
             return
+        self._newest = step
         metrics = None if held_out_loss is None else {"held_out_loss": held_out_loss}
         self._checkpointer.save_async(step, state, metrics=metrics)
 

@@ -1,23 +1,279 @@
-"""What the hosts of one run tell each other beside the step, through JAX's coordination service.
+"""Several hosts as one run: how they join, share the batch, agree, and end together.
 
-These are plain messages and no computation on the devices, so a loader's thread may use them at any time.
+Beside the step they speak through JAX's coordination service, which host 0 keeps: plain messages and no
+computation on the devices, so any thread may use them at any time. Every host beats there; host 0 listens. A
+host that falls silent, or that fails and says so, is a verdict for all, and a thread of each host that waits
+for nothing else ends its process with one line. This works where the devices wait for ever, as they do in a
+collective that a dead host never joins.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # JAX has no public way to its key-value store
+from jax.sharding import Mesh
 from jaxtyping import Int64
 
 from scfm_jax.data.loader import Exchange
+from scfm_jax.errors import InputError
+from scfm_jax.training.mesh import batch_sharding
 
-_SECONDS = 600
+_BEAT = 2.0  # seconds between signs of life
+_SILENCE = 30.0  # seconds without one after which a host is dead
+_DOUBTED = 5 * _BEAT  # the same where a host has failed already: the run is lost, and only why is open
+_JAX_SILENCE = 60  # seconds after which JAX aborts, should these threads have failed
+_PATIENCE = 600  # seconds that hosts wait for each other's messages
+_AGREE = 2.0  # seconds, about, between two agreements to go on
 _NUMBERS = itertools.count()
+# What a cluster sets for the processes of a job of several, and for nobody else. (A shell or a batch script
+# under SLURM knows of the job's tasks, but it is not one of them.)
+_CLUSTERS: dict[str, Callable[[str], bool]] = {
+    "SLURM_STEP_NUM_TASKS": lambda text: text.isdecimal() and int(text) > 1,
+    "OMPI_COMM_WORLD_SIZE": lambda text: text.isdecimal() and int(text) > 1,
+    "TPU_WORKER_HOSTNAMES": lambda text: "," in text,
+}
+
+
+def is_primary() -> bool:
+    """Whether this host is the one that prints and writes what all would write alike."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def joined(distributed_by: str | None) -> Iterator[None]:
+    """Be one of a run's hosts, for as long as the block lasts; alone where nothing says otherwise.
+
+    With several hosts, a failure in the block does not leave it: it is printed, told to the others, and ends
+    this process, with status 2 for bad input, 130 for an interruption and 1 otherwise. So does, with status 1
+    and one line, the death or the failure of another host.
+
+    Parameters
+    ----------
+    distributed_by
+        ``auto`` takes address, number and count from the cluster (SLURM, Open MPI, GKE, TPU VMs), as
+        `jax.distributed.initialize` finds them; ``ADDRESS:PORT,COUNT,NUMBER`` says them; ``off`` stays alone;
+        None is ``auto`` where SLURM, Open MPI or GKE started several processes, and ``off`` elsewhere.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or nothing tells who the hosts are.
+    """
+    if distributed_by is None:
+        started = any(name in os.environ and several(os.environ[name]) for name, several in _CLUSTERS.items())
+        distributed_by = "auto" if started else "off"
+    if distributed_by == "off":
+        yield
+        return
+    _initialise(distributed_by)
+    if jax.process_count() == 1:
+        yield
+        return
+    watch = _Watch()
+    try:
+        yield
+        watch.end()
+    except BaseException as error:
+        watch.fail(error)
+    jax.distributed.shutdown()
+
+
+def _initialise(distributed_by: str) -> None:
+    """Find the other hosts, before JAX looks for devices."""
+    # Its handler of SIGTERM would be in the way of `stopping`.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        if distributed_by == "auto":
+            jax.distributed.initialize(heartbeat_timeout_seconds=_JAX_SILENCE)
+        else:
+            address, count, number = _parsed(distributed_by)
+            jax.distributed.initialize(
+                address,
+                count,
+                number,
+                cluster_detection_method="deactivate",
+                heartbeat_timeout_seconds=_JAX_SILENCE,
+            )
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            "--distributed",
+            f"{distributed_by}: no run of several hosts could be joined ({reason})",
+            "give ADDRESS:PORT,COUNT,NUMBER, the same address and count on all hosts",
+        ) from error
+
+
+def _parsed(text: str) -> tuple[str, int, int]:
+    parts = text.split(",")
+    if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
+        address, count, number = parts[0], int(parts[1]), int(parts[2])
+        if number < count and address.rpartition(":")[2].isdecimal() and ":" in address:
+            return address, count, number
+    raise InputError(
+        "--distributed",
+        f"cannot read {text!r}",
+        "write auto, off, or ADDRESS:PORT,COUNT,NUMBER with numbers from 0, as 10.0.0.1:1234,4,0",
+    )
+
+
+class _Watch:
+    """This host's signs of life, and its ear for the verdict that ends all hosts."""
+
+    def __init__(self) -> None:
+        self._client: Any = distributed.global_state.client
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+        self._over = threading.Event()
+        self._beat(0)
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._live, self._listen)]
+        for thread in self._threads:
+            thread.start()
+
+    def _name(self, host: int) -> str:
+        return f"host {host} of {self._hosts}"
+
+    def _beat(self, number: int) -> None:
+        self._client.key_value_set(f"scfm_jax/beats/{self._host}", str(number), allow_overwrite=True)
+
+    def _live(self) -> None:
+        """Beat, and on host 0 listen for the beats of all."""
+        heard: dict[str, tuple[str, float]] = {}
+        for number in itertools.count(1):
+            if self._over.wait(_BEAT):
+                return
+            try:
+                self._beat(number)
+                if self._host:
+                    continue
+                now = time.monotonic()
+                for key, beat in self._client.key_value_dir_get("scfm_jax/beats/"):
+                    if heard.get(key, ("", 0.0))[0] != beat:
+                        heard[key] = (beat, now)
+                silence = _DOUBTED if self._client.key_value_dir_get("scfm_jax/doubts/") else _SILENCE
+            except jax.errors.JaxRuntimeError:
+                return  # the other thread says why
+            quiet = {int(key.rpartition("/")[2]): now - since for key, (_, since) in heard.items()}
+            dead = sorted(host for host, seconds in quiet.items() if host and seconds > silence)
+            if dead:
+                names = ", ".join(map(self._name, dead))
+                self._say(f"{names} gave no sign of life for {quiet[dead[0]]:.0f} seconds")
+                return
+
+    def _listen(self) -> None:
+        """Wait for the verdict; an empty one says that all is well and over."""
+        verdict = None
+        while verdict is None:
+            try:
+                verdict = self._client.blocking_key_value_get("scfm_jax/verdict", _PATIENCE * 1000)
+            except jax.errors.JaxRuntimeError as error:
+                if not str(error).startswith("DEADLINE_EXCEEDED"):
+                    verdict = f"{self._name(0)}, which keeps the others together, is gone"
+        if not verdict or self._over.is_set():
+            return
+        _print(f"scfm: {verdict}; all hosts stop: the same command with --resume goes on")
+        self._leave(1)
+
+    def _say(self, verdict: str) -> None:
+        """Pass a verdict, unless there is one."""
+        # It cannot where another was first, or nobody is there to hear it.
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set("scfm_jax/verdict", verdict)
+
+    def _leave(self, status: int) -> None:
+        """End this process at once, whatever its other threads wait for; host 0, which all hear, last."""
+        if self._host == 0:
+            time.sleep(_BEAT)
+        sys.stdout.flush()
+        os._exit(status)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others what went wrong here, and end this process."""
+        if isinstance(error, InputError):
+            told, status = str(error), 2
+        elif isinstance(error, KeyboardInterrupt):
+            told, status = "interrupted", 130
+        else:
+            told, status = type(error).__name__, 1
+            # Most likely another host has died in a collective. If so, the verdict ends this process first.
+            self._doubt()
+            time.sleep(_DOUBTED + 3 * _BEAT)
+            traceback.print_exception(error)
+        self._over.set()
+        if status != 1:
+            _print(f"scfm: {told}")
+        self._say(f"{self._name(self._host)} failed ({told})")
+        self._leave(status)
+
+    def _doubt(self) -> None:
+        """Let host 0 know that the run is lost, so that it looks sooner for who has died."""
+        with suppress(jax.errors.JaxRuntimeError):
+            self._client.key_value_set(f"scfm_jax/doubts/{self._host}", "")
+
+    def end(self) -> None:
+        """Wait for all hosts to come here, then be silent without being missed."""
+        self._client.wait_at_barrier("scfm_jax/end", _PATIENCE * 1000)
+        self._over.set()
+        if self._host == 0:
+            self._say("")
+        for thread in self._threads:
+            thread.join()
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def meet(name: str) -> None:
+    """Wait until all hosts have come here."""
+    if jax.process_count() > 1:
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(f"scfm_jax/{name}/{next(_NUMBERS)}", _PATIENCE * 1000)
+
+
+def share_of_batch(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """Which of how many equal runs of a batch's rows this host's devices hold.
+
+    Hosts that share their rows, as those that a tensor axis spans, hold the same.
+
+    Raises
+    ------
+    InputError
+        The rows of this host's devices are no such run.
+    """
+    places: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((batch_size,)))
+    rows = {
+        place[0].indices(batch_size)[:2]
+        for device, place in places.items()
+        if device.process_index == jax.process_index()
+    }
+    first, last = min(start for start, _ in rows), max(stop for _, stop in rows)
+    size = sum(stop - start for start, stop in rows)
+    if size != last - first or first % size or batch_size % size:
+        raise InputError(
+            "mesh",
+            f"rows {first} to {last} of a batch of {batch_size} are no whole share for {_here()}",
+            "choose data and fsdp so that each host's devices hold neighbouring rows",
+        )
+    return first // size, batch_size // size
+
+
+def _here() -> str:
+    return f"host {jax.process_index()} of {jax.process_count()}"
 
 
 def greatest_of_hosts() -> Exchange | None:
@@ -38,7 +294,7 @@ def greatest_of_hosts() -> Exchange | None:
         greatest = lengths
         for other in range(jax.process_count()):
             if other != host:
-                text = client.blocking_key_value_get(f"{key}/{other}", _SECONDS * 1000)
+                text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
                 theirs = np.frombuffer(base64.b64decode(text), "<i8").reshape(lengths.shape)
                 greatest = np.maximum(greatest, theirs)
         # A host that has said this window's lengths has heard those of the window before.
@@ -47,3 +303,69 @@ def greatest_of_hosts() -> Exchange | None:
         return greatest
 
     return exchange
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step: asked by Ctrl-C or SIGTERM on any host, answered alike on all.
+
+    The function is to be called after every step, by all hosts. A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield (lambda step: bool(received)) if jax.process_count() == 1 else _Agreement(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Agreement:
+    """Host 0 says, every two seconds or so, until which step all go on.
+
+    Between two such steps nobody speaks: neither the devices nor the service see more than one message of a
+    host in this time, however fast the steps. No host passes such a step before it has heard, so all stop at
+    the same one.
+    """
+
+    _KEPT = 64  # words that a host behind may yet ask for; hosts are never further apart than steps in flight
+
+    def __init__(self, received: list[int]) -> None:
+        self._client: Any = distributed.global_state.client
+        self._received, self._told = received, False
+        self._number, self._until, self._since = next(_NUMBERS), 0, time.monotonic()
+        self._last: int | None = None
+        self._said: deque[str] = deque()
+
+    def __call__(self, step: int) -> bool:
+        if self._received and not self._told:
+            self._told = True
+            self._client.key_value_set(f"scfm_jax/stop/{self._number}/{jax.process_index()}", "")
+        if step < self._until:
+            return False
+        key = f"scfm_jax/until/{self._number}/{step}"
+        if is_primary():
+            word = self._decide(step)
+            self._client.key_value_set(key, word)
+            self._said.append(key)
+            if len(self._said) > self._KEPT:
+                self._client.key_value_delete(self._said.popleft())
+        else:
+            word = self._client.blocking_key_value_get(key, _PATIENCE * 1000)
+        self._until = int(word)
+        return self._until == step
+
+    def _decide(self, step: int) -> str:
+        """The next step at which to ask again; this one to stop."""
+        if self._client.key_value_dir_get(f"scfm_jax/stop/{self._number}/"):
+            return str(step)
+        now = time.monotonic()
+        seconds = (now - self._since) / (step - self._last) if self._last is not None else _AGREE
+        self._last, self._since = step, now
+        return str(step + max(int(_AGREE / max(seconds, 1e-3)), 1))

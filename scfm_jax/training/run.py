@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,11 +19,12 @@ from flax import nnx
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.technology_means import means_of_slide
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Vocabulary
 from scfm_jax.models.functional import Parameters, abstract
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import MeshConfig, RunConfig, from_dict
+from scfm_jax.training.hosts import is_primary, meet
 from scfm_jax.training.mesh import make_mesh, replicated
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.task import model_builder
@@ -32,20 +34,44 @@ MEANS = "technology_means"
 
 
 def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -> None:
-    """Make the run directory, or check that it is this run's."""
-    if resume:
-        stored, stored_hash = read_run(folder)
-        if stored_hash != corpus.hash:
-            raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
-        same = dataclasses.replace(stored, corpus=config.corpus, optimiser=config.optimiser)
-        if same != config:
-            raise InputError(
-                folder, "was started with another config", "resume without overrides, or start anew"
-            )
-    elif (folder / "config.json").exists():
-        raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
-    means = _technology_means(config, corpus)
-    if resume and any(
+    """Make the run directory, or check that it is this run's; of several hosts one writes and all look."""
+    if is_primary():
+        means = _technology_means(config, corpus)
+        if resume:
+            _check_resumed(folder, config, corpus, means)
+        elif (folder / "config.json").exists():
+            raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        describe_run(folder, config, corpus.vocabulary, corpus.hash)
+        save_technology_means(folder, means)
+    meet("run directory")
+    if not is_primary() and read_run(folder) != (config, corpus.hash):
+        raise InputError(
+            folder,
+            "host 0 writes a run of another config or corpus than this host was given",
+            "give all hosts the same recipe, flags and corpus, and a folder that all can see",
+        )
+
+
+def _check_resumed(folder: Path, config: RunConfig, corpus: Corpus, means: Mapping[str, np.ndarray]) -> None:
+    """Raise InputError unless `config` goes on with the run in `folder`.
+
+    What may differ is where it runs and what is kept, and the optimiser's fields, which a user may mean to
+    change on the way.
+    """
+    stored, stored_hash = read_run(folder)
+    if stored_hash != corpus.hash:
+        raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
+    free = ("corpus", "optimiser", "mesh", "log_every", "checkpoint_every", "keep_last", "keep_best")
+    free_of_data = ("prefetch", "cache_mib", "readers")
+    same = replace(
+        stored,
+        **{name: getattr(config, name) for name in free},
+        data=replace(stored.data, **{name: getattr(config.data, name) for name in free_of_data}),
+    )
+    if same != config:
+        raise InputError(folder, "was started with another config", "resume without overrides, or start anew")
+    if any(
         not np.array_equal(np.load(folder / MEANS / f"{name}.npy"), values, equal_nan=True)
         for name, values in means.items()
     ):
@@ -54,9 +80,6 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
             "was started with other technology means",
             "resume with the files that it was started with",
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    describe_run(folder, config, corpus.vocabulary, corpus.hash)
-    save_technology_means(folder, means)
 
 
 def _technology_means(config: RunConfig, corpus: Corpus) -> dict[str, np.ndarray]:
@@ -185,3 +208,36 @@ def restore_parameters(
             raise InputError(folder, "has no checkpoint yet", "train it first")
         restored = checkpoints.restore(step, abstract_state(state, jax.tree.map(lambda _: place, state)))
     return graph, restored["parameters"], step
+
+
+def initial_parameters(config: RunConfig, corpus: Corpus, like: Any) -> Any:
+    """Parameters of another run's best checkpoint, for the same vocabulary, geometry and meaning."""
+    folder = Path(config.initial_weights)
+    weights = restore_weights(folder)
+    if weights.vocabulary.hash != corpus.vocabulary.hash:
+        raise InputError(
+            folder, "has another vocabulary than the corpus (initial_weights)", "start from the seed"
+        )
+    there, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (weights.parameters, like))
+    if there != wanted:
+        raise InputError(
+            folder,
+            "has weights of another geometry (initial_weights)",
+            "give the model the sizes in its config.json, or start from the seed",
+        )
+    before, now = weights.config.model.meaning(), config.model.meaning()
+    if other := [f"model.{name} {value}" for name, value in before.items() if now.get(name) != value]:
+        raise InputError(
+            folder,
+            f"was trained with {', '.join(other)} (initial_weights)",
+            "set the same, or start from the seed",
+        )
+    before, now = weights.config.data.sample.meaning(), config.data.sample.meaning()
+    if changed := [f"data.sample.{name} {value}" for name, value in before.items() if now[name] != value]:
+        warnings.warn(
+            f"{folder}: was trained with {', '.join(changed)} (initial_weights), which this run is not",
+            DataWarning,
+            stacklevel=2,
+        )
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(lambda parameters: parameters, out_shardings=places)(weights.parameters)

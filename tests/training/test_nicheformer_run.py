@@ -19,7 +19,7 @@ from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells, embed_file
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.training.config import RunConfig, override
-from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.metrics import CLOCKED, read_metrics
 from scfm_jax.training.run import read_run
 from scfm_jax.training.train import train
 
@@ -31,7 +31,7 @@ def model(run_with_niche: Path) -> TrainedModel:
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCKED} for row in rows]
 
 
 def test_its_rows_and_config(run_with_niche: Path, ranks: RunConfig) -> None:

@@ -14,24 +14,26 @@ import numpy as np
 import pytest
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.split import split_cells
+from scfm_jax.data.batch import TissueBatch
 from scfm_jax.errors import InputError
+from scfm_jax.models.flops import Load, training_flops
 from scfm_jax.models.functional import abstract
 from scfm_jax.training.checkpoint import Checkpoints, abstract_state
 from scfm_jax.training.config import RunConfig, override
+from scfm_jax.training.hosts import stopping
 from scfm_jax.training.mesh import make_mesh
-from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.metrics import CLOCKED, Meter, read_metrics
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.run import read_run
 from scfm_jax.training.step import fresh_state, state_shardings
 from scfm_jax.training.task import make_task
-from scfm_jax.training.train import stop_signals, train
-
-CLOCK = ("tokens_per_second",)  # all else is a function of the config
+from scfm_jax.training.train import select_cells, train
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     rows = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in CLOCK} for row in rows]
+    return [{name: value for name, value in row.items() if name not in CLOCKED} for row in rows]
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -81,6 +83,49 @@ def test_rows_of_metrics(finished: Path, config: RunConfig) -> None:
     for row in held_out:  # the mean over all entries lies between those over zeros and non-zeros
         errors = row["held_out_zero_error"], row["held_out_nonzero_error"]
         assert min(errors) < row["held_out_loss"] < max(errors)
+
+
+@pytest.mark.parametrize("family", ["tissue", "ranks"])
+def test_rows_say_what_was_padding_and_how_fast(
+    family: str, request: pytest.FixtureRequest, finished: Path, config: RunConfig
+) -> None:
+    """Against the batches themselves, counted in NumPy."""
+    if family == "ranks":
+        finished, config = request.getfixturevalue("run_with_niche"), request.getfixturevalue("ranks")
+    corpus = Corpus.open(config.corpus)
+    cells, _ = select_cells(corpus, split_cells(corpus, config.split), config)
+    loader = make_task(config, corpus).loader(cells, (0, 1))
+    for row in read_metrics(finished / "metrics.jsonl"):
+        if "loss" not in row:
+            continue
+        batch = loader.batch(row["step"] - 1)
+        if isinstance(batch, TissueBatch):
+            first, second = (batch.cells >= 0).sum(1), (batch.decoder_genes >= 0).sum(1)
+        else:
+            first, second = batch.lengths, (batch.places >= 0).sum(1)
+        rows, width = len(first), batch.static_lengths[0]
+        assert row["real_tokens"] == pytest.approx(first.sum() / (rows * width))
+        assert row["real_pairs"] == pytest.approx((first**2).sum() / (rows * width**2))
+        took = sum(row["seconds"][purpose] for purpose in ("compute", "data", "other"))
+        assert row["real_tokens_per_second"] * took == pytest.approx(first.sum())
+        assert row["tokens_per_second"] * took == pytest.approx(rows * width)
+        for field, load in {
+            "flops_per_second": Load.real(first, second),
+            "padded_flops_per_second": Load.padded(rows, *batch.static_lengths),
+        }.items():
+            expected = training_flops(config.model, len(corpus.vocabulary), load)
+            assert row[field] * took == pytest.approx(expected)
+        # The peak of a CPU is not known.
+        assert row["mfu"] is None and row["padded_mfu"] is None
+
+
+def test_utilisation_is_a_share_of_all_devices_peak(config: RunConfig) -> None:
+    sums = {"tokens": 60.0, "pairs": 700.0, "second_tokens": 30.0, "second_pairs": 300.0}
+    seconds = {"compute": 0.25, "data": 0.125, "other": 0.125, "compile": 9.0}
+    said = Meter(config.model, 24, 1e6).read(sums, 8, (10, 5), seconds)
+    loads = Load(8, *sums.values()), Load.padded(8, 10, 5)
+    for field, load in zip(("mfu", "padded_mfu"), loads, strict=True):
+        assert said[field] == pytest.approx(training_flops(config.model, 24, load) / 0.5 / 1e6)
 
 
 def test_learning_rate_is_linear_then_a_cosine(finished: Path, config: RunConfig) -> None:
@@ -223,8 +268,9 @@ def test_bad_input_is_one_line(
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
-    with pytest.raises(KeyboardInterrupt), stop_signals() as received:
+    with pytest.raises(KeyboardInterrupt), stopping() as stop:
+        assert not stop(1)
         os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
+        assert stop(1)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second signal did not interrupt")
