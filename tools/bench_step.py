@@ -132,23 +132,17 @@ def ours(name: str, arguments: Arguments, flags: list[str]) -> dict[str, Any]:
         with jax.profiler.trace(str(arguments.profile / name)):
             steps(3)
     device = jax.devices()[0]
-    dtype, head_size = config.model.dtype, _head_size(config)
+    asked = Asked(device.platform, config.model.dtype, config.model.head_size)
     return {
         **described(measured, seconds),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.shapes)),
-        "attention": choose(config.model.attention, Asked(device.platform, dtype, head_size)),
+        "attention": choose(config.model.attention, asked),
         "remat": config.model.remat,
         "device": device.device_kind,
         "compile_seconds": compiled,
         "peak_gib": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
         **utilisation(config, n_genes, measured, seconds),
     }
-
-
-def _head_size(config: RunConfig) -> int:
-    model: Any = config.model
-    stack = getattr(model, "encoder", model)
-    return stack.width // stack.heads
 
 
 def theirs(name: str, arguments: Arguments, flags: list[str]) -> dict[str, Any]:

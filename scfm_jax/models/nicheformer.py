@@ -61,6 +61,10 @@ class NicheformerConfig:
     remat: RematName = "none"
     unroll: int = 0
 
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
         return {"heads": self.heads, "norm_epsilon": self.norm_epsilon}
