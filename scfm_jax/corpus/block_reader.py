@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import tensorstore as ts
 from jaxtyping import Int, Int32, Int64, Shaped, UInt, UInt16
 
 from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, Recent, runs
+from scfm_jax.corpus.chunks import Buffers, decode
 from scfm_jax.corpus.place import Place, remote_context
 from scfm_jax.corpus.store import (
     BLOCK,
@@ -28,6 +31,7 @@ _ABSENT: dict[str, float] = {"x": np.nan, "y": np.nan, "neighbours": -1}
 # Shares of the memory for decoded cells; what is left is TensorStore's, for the indexes of shards.
 _SHARES = {"entries": 0.5, "neighbours": 0.18, "x": 0.03, "y": 0.03, "total_matched": 0.02}
 _INDEX_SHARE, _OPEN_SHARE = 0.15, 0.05
+_BUFFER_SHARE = 0.15  # beside these: what blocks are decoded into before they are copied
 _OPEN_BYTES = 40_000  # of a slide's open arrays, about: some kilobytes each
 
 
@@ -76,6 +80,7 @@ class BlockReader:
         self._entries = EntryRing(
             int(self.first_block[-1]), nnz, self._dtype, int(cache_bytes * _SHARES["entries"])
         )
+        self._buffers = Buffers(self._dtype, int(cache_bytes * _BUFFER_SHARE))
         self._columns: dict[str, ColumnRing] = {}
         self._lock = threading.Lock()
         self._open: Recent[SlideArrays] = Recent(int(cache_bytes * _OPEN_SHARE))
@@ -180,7 +185,10 @@ class BlockReader:
         return bounds, list(zip(slides.tolist(), start.tolist(), (start + np.diff(bounds)).tolist()))
 
     def read(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
-        """Read blocks, given ascending, in one batch: a request for each."""
+        """Read blocks, given ascending, in one batch: a request for each.
+
+        Their entries are good as long as what is returned lives: then their memory is used again.
+        """
         slides = self.slides_of(numbers)
         present = np.unique(slides).tolist()
         indexes, arrays = self.indexes(present), self.arrays(present)
@@ -191,10 +199,15 @@ class BlockReader:
             for row, slide, block in zip(length, slides.tolist(), local.tolist()):
                 nnz = indexes[slide].nnz[block * BLOCK : (block + 1) * BLOCK]
                 row[: len(nnz)] = nnz
-                array = arrays[slide]["entries"][block, : int(row.sum())]
-                reads.append((arrays[slide], array.read(batch=batch)))
-        entries = [of_slide.result("entries", read) for of_slide, read in reads]
-        return Blocks(numbers, np.pad(length.cumsum(1), ((0, 0), (1, 0))), entries)
+                reads.append((arrays[slide], arrays[slide].ask(block, batch)))
+        starts = np.pad(length.cumsum(1), ((0, 0), (1, 0)))
+        ends = np.cumsum(starts[:, -1]).tolist()
+        buffer = self._buffers.take(ends[-1])
+        entries = [buffer[start:end] for start, end in pairwise([0, *ends])]
+        decode([(*asked, of_block) for asked, of_block in zip(reads, entries, strict=True)])
+        blocks = Blocks(numbers, starts, entries)
+        weakref.finalize(blocks, self._buffers.give, buffer)
+        return blocks
 
     def _read_column(
         self, name: str, numbers: Int64[np.ndarray, " blocks"], like: Shaped[np.ndarray, "n ..."]

@@ -120,7 +120,7 @@ def build_corpus(
     settings = {"vocabulary": vocabulary.hash, "min_counts": min_counts, "n_neighbours": n_neighbours}
     work = _Work(place, outlines, vocabulary, tables, settings, options or StoreOptions.suited_to(place))
     with only_build(place):
-        if place.names(MANIFEST):
+        if place.holds(MANIFEST):
             done = work.done(Corpus.open(out, cache_bytes=0))
             if done is None:
                 raise InputError(place, "it exists already", "remove it, choose another name, or add to it")

@@ -36,7 +36,7 @@ def only_build(place: Place) -> Iterator[None]:
     mend = "remove it or choose another name"
     if place.is_local and place.path.exists() and not place.path.is_dir():
         raise InputError(place, "it exists already", mend)
-    if not any(map(place.names, (MANIFEST, f"{BUILDING}/"))) and place.names():
+    if not place.holds(MANIFEST) and not place.names(f"{BUILDING}/") and place.names():
         raise InputError(place, "it exists already and is no corpus", mend)
     with _locked(place) if place.is_local else contextlib.nullcontext():
         try:
@@ -56,7 +56,7 @@ def _clean(place: Place) -> None:
     clear_scratch(place)
     if place.names(f"{FINISHED}/"):
         return
-    if not place.names(MANIFEST):
+    if not place.holds(MANIFEST):
         # A slide may be in place, or half uploaded, and not yet marked.
         place.delete("slides/")
     place.delete(f"{BUILDING}/")

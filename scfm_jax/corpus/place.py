@@ -124,6 +124,10 @@ class Place:
         keys = self._result(self._store.list(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)
         return sorted(key.decode() for key in keys)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is an object of this name."""
+        return name in self.names(name)
+
     def delete(self, prefix: str) -> None:
         """Delete all objects whose names begin with `prefix`; a local folder goes with them."""
         self._result(self._store.delete_range(ts.KvStore.KeyRange(prefix, _after(prefix))), prefix)

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
+from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped
 
 from scfm_jax.corpus.block_reader import BlockReader
+from scfm_jax.corpus.cells import Cells, Pool
 from scfm_jax.corpus.manifest import SLIDE, VOCABULARY, read_checked, read_manifest
 from scfm_jax.corpus.place import Place
-from scfm_jax.corpus.store import BLOCK, LAYOUTS, entry_layout, unpack_counts, unpack_genes
+from scfm_jax.corpus.store import BLOCK, LAYOUTS, entry_layout
 from scfm_jax.errors import InputError
 from scfm_jax.genes import Vocabulary
 
@@ -77,58 +78,6 @@ class Slide:
     panel: Int32[np.ndarray, " p"]
     um_per_unit: float | None
     median_total: float
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Expressed genes of some cells: cell i has entries ``offsets[i]`` to ``offsets[i + 1]``.
-
-    Attributes
-    ----------
-    entries
-        Gene and count in one number, as they are stored (`scfm_jax.corpus.store`).
-    offsets
-        Where each cell begins, and the end.
-    """
-
-    entries: UInt[np.ndarray, " nnz"]
-    offsets: Int64[np.ndarray, " n_and_end"]
-
-    @functools.cached_property
-    def genes(self) -> Int32[np.ndarray, " nnz"]:
-        """Vocabulary indices, ascending within a cell."""
-        return unpack_genes(self.entries)
-
-    @functools.cached_property
-    def counts(self) -> Int32[np.ndarray, " nnz"]:
-        """Raw counts."""
-        return unpack_counts(self.entries)
-
-    def rows(self, start: int, stop: int) -> Cells:
-        """Cells `start` to `stop` of these: views, unpacked with the others."""
-        first, last = self.offsets[start], self.offsets[stop]
-        part = Cells(self.entries[first:last], self.offsets[start : stop + 1] - first)
-        part.__dict__.update(genes=self.genes[first:last], counts=self.counts[first:last])
-        return part
-
-
-class Pool:
-    """Cells whose blocks are decoded in memory; they are copied out in parts."""
-
-    def __init__(self, index: Int64[np.ndarray, " n"], blocks: BlockReader, located: tuple[Any, ...]) -> None:
-        self.index, self._blocks = index, blocks
-        self._block, self._place, self._slide = located
-        read = blocks.read(np.unique(self._block))
-        self._views = read.views(read.find(self._block), self._place)
-        self._offsets = np.concatenate([[0], np.cumsum(list(map(len, self._views)), dtype=np.int64)])
-
-    def cells(self, start: int, stop: int) -> Cells:
-        """The cells ``index[start:stop]``."""
-        part = slice(start, stop)
-        entries, offsets = np.concatenate(self._views[part]), self._offsets[start : stop + 1]
-        offsets = offsets - offsets[0]
-        located = self._block[part], self._place[part], self._slide[part]
-        return Cells(self._blocks.restored(entries, offsets, *located), offsets)
 
 
 class Corpus:

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import google_crc32c
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Int32, UInt
+from numcodecs import blosc
 
 from scfm_jax.corpus.place import Place
 from scfm_jax.errors import InputError
@@ -243,6 +245,12 @@ class SlideArrays:
         }
         self._of_cells = (n_cells,)
         self._open: dict[str, ts.TensorStore] = {}
+        self._shards: dict[int, ts.KvStore] = {}
+
+    @property
+    def longest_block(self) -> int:
+        """Entries of the longest block, to which all are filled up."""
+        return self._shapes["entries"][1]
 
     def __getitem__(self, name: str) -> ts.TensorStore:
         if name not in self._open:
@@ -259,7 +267,35 @@ class SlideArrays:
             asked[name] = ts.open({**spec, "open": True, "assume_metadata": True}, context=self._context)
         self._open.update({name: array.result() for name, array in asked.items()})
 
-    def result(self, name: str, read: Any) -> np.ndarray:
+    def ask(self, block: int, batch: ts.Batch) -> Any:
+        """Ask for the stored bytes of a block of entries; `decode` waits for them."""
+        rows = _shard_length(self._entries, self._shapes["entries"], self._options)
+        shard, row = divmod(block, rows)
+        if shard not in self._shards:
+            file = (self._place / f"entries/c/{shard}").kvstore()
+            file["path"] += "0"
+            spec = {"driver": "zarr3_sharding_indexed", "base": file, "grid_shape": [rows, 1], **_INDEX}
+            self._shards[shard] = ts.KvStore.open(spec, context=self._context).result()
+        key = row.to_bytes(4, "big") + bytes(4)
+        # A finished corpus never changes: an index that is in memory is good.
+        return self._shards[shard].read(key, batch=batch, staleness_bound=-np.inf)
+
+    def decode(self, read: Any, out: UInt[np.ndarray, " longest_or_more"]) -> None:
+        """Wait for a block that was asked for, check it, and decode it into `out`.
+
+        Raises
+        ------
+        InputError
+            It is lost or damaged.
+        """
+        found = self.result("entries", read)
+        if found.state != "value":
+            raise self._unreadable("entries", "a block is missing")
+        if google_crc32c.value(found.value) != _CRC_OF_WHOLE:
+            raise self._unreadable("entries", "a block is not what its CRC-32C says")
+        blosc.decompress(memoryview(found.value)[:-4], out)
+
+    def result(self, name: str, read: Any) -> Any:
         """Wait for a read of the array `name`.
 
         Raises
@@ -271,20 +307,32 @@ class SlideArrays:
             return read.result()
         except (ValueError, OSError, RuntimeError) as error:
             # TensorStore's text goes on with where in its own source it was raised.
-            reason = " ".join(str(error).split(" [")[0].split())
-            raise InputError(
-                self._place / name,
-                f"slide {self._name!r} cannot be read ({reason})",
-                "run scfm corpus verify and restore what it names, or check the connection",
-            ) from None
+            raise self._unreadable(name, " ".join(str(error).split(" [")[0].split())) from None
+
+    def _unreadable(self, name: str, reason: str) -> InputError:
+        return InputError(
+            self._place / name,
+            f"slide {self._name!r} cannot be read ({reason})",
+            "run scfm corpus verify and restore what it names, or check the connection",
+        )
+
+
+# The CRC-32C of anything that ends in its own CRC-32C.
+_CRC_OF_WHOLE = 0x48674BC7
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_INDEX = {"index_codecs": [_BYTES, {"name": "crc32c"}], "index_location": "end"}
+
+
+def _shard_length(layout: str, shape: tuple[int, ...], options: StoreOptions) -> int:
+    """Rows of a shard of an array: never more than the array has."""
+    chunk, width = LAYOUTS[layout].chunk, shape[1] if len(shape) == 2 else 1
+    return min(shard_rows(layout, options, width), max(-(-shape[0] // chunk), 1) * chunk)
 
 
 def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptions) -> dict[str, Any]:
     how = LAYOUTS[layout]
-    width = shape[1] if len(shape) == 2 else 1
-    shard = min(shard_rows(layout, options, width), max(-(-shape[0] // how.chunk), 1) * how.chunk)
-    byte_codec = {"name": "bytes", "configuration": {"endian": "little"}}
-    blosc = {
+    shard = _shard_length(layout, shape, options)
+    compressor = {
         "cname": options.codec,
         "clevel": _LEVELS[options.codec],
         "shuffle": "shuffle",
@@ -293,9 +341,8 @@ def _spec(place: Place, layout: str, shape: tuple[int, ...], options: StoreOptio
     }
     sharding = {
         "chunk_shape": [how.chunk, *shape[1:]],
-        "codecs": [byte_codec, {"name": "blosc", "configuration": blosc}, {"name": "crc32c"}],
-        "index_codecs": [byte_codec, {"name": "crc32c"}],
-        "index_location": "end",
+        "codecs": [_BYTES, {"name": "blosc", "configuration": compressor}, {"name": "crc32c"}],
+        **_INDEX,
     }
     return {
         "driver": "zarr3",

@@ -10,13 +10,15 @@ import numpy as np
 from jaxtyping import Int64
 
 from scfm_jax.corpus import Cells, Corpus
-from scfm_jax.corpus.reader import Pool
+from scfm_jax.corpus.cells import Pool
 from scfm_jax.corpus.store import widened
 from scfm_jax.data.stream import CellBlocks, ShardStreams
 from scfm_jax.errors import InputError
 
 _WITHOUT_END = 1 << 40
-_GATHERED = 512  # cells that are copied out of a pool together
+# Entries that are copied out of a pool together: few enough that their memory is used again, but some batches
+# where these are small, as every step of NumPy has to wait for the threads that read.
+_GATHERED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,9 @@ class CellBatches:
         missing = self._batch_size
         for pool, position in pools:
             at, until = max(begin - position, 0), min(end - position, len(pool.index))
-            for first in range(at, until, _GATHERED):
-                # Some batches at once: every step of NumPy has to wait for the threads that read.
-                cells = pool.cells(first, min(first + _GATHERED, until))
-                within, n_cells = 0, min(_GATHERED, until - first)
+            while at < until:
+                first, at = at, min(pool.reach(at, _GATHERED), until)
+                cells, n_cells, within = pool.cells(first, at), at - first, 0
                 while within < n_cells:
                     stop = min(within + missing, n_cells)
                     index = pool.index[first + within : first + stop]
