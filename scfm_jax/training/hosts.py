@@ -246,34 +246,35 @@ def meet(name: str) -> None:
 
 
 def share_of_batch(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which of how many equal runs of a batch's rows this host's devices hold.
+    """Which of how many equal parts of a batch this host's devices hold.
 
-    Hosts that share their rows, as those that a tensor axis spans, hold the same.
+    Hosts that share their rows, as those that a tensor axis spans, hold the same part. A part need not be a
+    run of rows: where the devices of a host lie apart in the mesh, the global batch has the loader's rows in
+    another order, which no sum sees.
 
     Raises
     ------
     InputError
-        The rows of this host's devices are no such run.
+        The rows of some hosts' devices overlap without being the same.
     """
+    rows: dict[int, set[int]] = {}
     places: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((batch_size,)))
-    rows = {
-        place[0].indices(batch_size)[:2]
-        for device, place in places.items()
-        if device.process_index == jax.process_index()
-    }
-    first, last = min(start for start, _ in rows), max(stop for _, stop in rows)
-    size = sum(stop - start for start, stop in rows)
-    if size != last - first or first % size or batch_size % size:
+    for device, place in places.items():
+        start, stop, _ = place[0].indices(batch_size)
+        rows.setdefault(device.process_index, set()).update(range(start, stop))
+    return equal_share(rows, jax.process_index())
+
+
+def equal_share(rows: dict[int, set[int]], host: int) -> tuple[int, int]:
+    """The same, of the rows that each host's devices hold."""
+    parts = sorted({tuple(sorted(of_host)) for of_host in rows.values()})
+    if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) < sum(map(len, parts)):
         raise InputError(
             "mesh",
-            f"rows {first} to {last} of a batch of {batch_size} are no whole share for {_here()}",
-            "choose data and fsdp so that each host's devices hold neighbouring rows",
+            "hosts hold parts of a batch that overlap or differ in size",
+            "choose data x fsdp a multiple of the hosts, or let tensor span whole hosts",
         )
-    return first // size, batch_size // size
-
-
-def _here() -> str:
-    return f"host {jax.process_index()} of {jax.process_count()}"
+    return parts.index(tuple(sorted(rows[host]))), len(parts)
 
 
 def greatest_of_hosts() -> Exchange | None:
