@@ -21,9 +21,9 @@ def recipe() -> RunConfig:
             width=512,  # paper
             hidden=1_024,  # paper
             positions=1_500,  # paper
-            attention="plain",  # ours: the implementation, not what is computed
+            attention="auto",  # ours: the implementation, not what is computed
             dtype="bfloat16",  # ours
-            remat=True,  # ours
+            remat="dots",  # ours
         ),
         split=SplitConfig(),  # ours
         data=DataConfig(

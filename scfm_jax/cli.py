@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from scfm_jax import corpus_verbs
+from scfm_jax import corpus_verbs, scaling_verbs
 from scfm_jax.console import print_build, print_json
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.flags import GeneTables, Reading
@@ -244,9 +244,17 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     **corpus_verbs.VERBS,
     "train": train,
+    **scaling_verbs.VERBS,
     "embed": embed,
     "import": import_weights,
     "export": export_weights,
+}
+
+
+# Of the verbs whose other flags override a recipe.
+_OWN_FLAGS: dict[Callable[..., Any], tuple[str, ...]] = {
+    train: ("--resume", "--no-resume"),
+    scaling_verbs.plan: scaling_verbs.OWN_FLAGS,
 }
 
 
@@ -261,9 +269,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage() if asked else f"scfm: no verb {' '.join(words[:2])!r}; {_usage()}", file=sys.stderr)
         return 0 if asked else 2
     verb, words = _VERBS[name], words[len(name.split()) :]
-    if verb is train:
-        words, flags = _split_overrides(words)
-        verb = functools.partial(train, overrides=tuple(flags))
+    if verb in _OWN_FLAGS:
+        words, flags = _split_overrides(words, _OWN_FLAGS[verb])
+        verb = functools.partial(verb, overrides=tuple(flags))
     try:
         return (
             tyro.cli(
@@ -287,11 +295,11 @@ def _usage() -> str:
     return "\n".join(["usage: scfm VERB ... (scfm VERB --help says more)", "", *lines])
 
 
-def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+def _split_overrides(words: list[str], its_own: Sequence[str]) -> tuple[list[str], list[str]]:
     """Flags of the verb itself, and those that override the recipe with their values."""
     own, flags, rest = [], [], iter(words)
     for word in rest:
-        if not word.startswith("--") or word in ("--resume", "--no-resume", "--help"):
+        if not word.startswith("--") or word.partition("=")[0] in (*its_own, "--help"):
             own.append(word)
             continue
         if word.partition("=")[0] in ("--distributed", "--profile"):

@@ -31,8 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from scfm_jax.corpus import BLOCK, Corpus, Source, build_corpus
-from scfm_jax.data.loader import block_numbers
-from scfm_jax.data.stream import ShardStreams
+from scfm_jax.data.stream import CellBlocks, ShardStreams
 
 RIVALS = Path(__file__).with_name("data_rivals.py")
 FILES = ("cells800", "tissue150")
@@ -116,9 +115,8 @@ def spatial(arguments: Arguments) -> None:
     speeds, per_cpu, read_per_centre = [], [], []
     for seed in range(arguments.rounds):
         corpus = Corpus.open(path, cache_bytes=1 << 27)
-        everything = np.arange(corpus.n_cells)
-        blocks = block_numbers(corpus, everything)
-        streams = ShardStreams(everything, blocks, n_shards=1, seed=seed, pool_blocks=256)
+        everything = CellBlocks.of(corpus, np.arange(corpus.n_cells))
+        streams = ShardStreams(everything, n_shards=1, seed=seed, pool_blocks=256)
         touched = 0
         started, cpu = time.perf_counter(), time.process_time()
         for pool in range(corpus.n_cells // (256 * BLOCK)):
@@ -127,7 +125,7 @@ def spatial(arguments: Arguments) -> None:
             members = np.unique(np.concatenate([centres, near[near >= 0]]))
             rows = corpus.cells(members)
             assert len(rows.genes) == len(rows.counts) == rows.offsets[-1]
-            touched += len(np.unique(blocks[members])) * BLOCK
+            touched += len(np.unique(corpus.block_of(members))) * BLOCK
         n_centres = corpus.n_cells // (256 * BLOCK) * 256 * BLOCK
         speeds.append(n_centres / (time.perf_counter() - started))
         per_cpu.append(n_centres / (time.process_time() - cpu))

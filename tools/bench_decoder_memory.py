@@ -22,6 +22,7 @@ from flax import nnx
 from experiments import tissue_3m
 from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.functional import abstract
+from scfm_jax.models.stack import StackConfig
 from scfm_jax.models.transformer import Transformer
 
 GIB = 2**30
@@ -42,7 +43,7 @@ def temporary_bytes(attention: AttentionName, rows: int, length: int) -> int:
     config = tissue_3m.recipe().tissue()[0].decoder
 
     def build(rngs: nnx.Rngs) -> Transformer:
-        return Transformer(config, init_std=0.02, dtype=jnp.float32, remat=False, rngs=rngs)
+        return Transformer(config, init_std=0.02, compute=StackConfig(jnp.float32), rngs=rngs)
 
     graph, shapes, _ = abstract(build)
 

@@ -83,7 +83,7 @@ def tokens(arguments: Arguments) -> dict[str, Any]:
 
 def memory(arguments: Arguments) -> dict[str, Any]:
     """Planned temporary bytes of the loss, by masked places; a slope of 1 is linear."""
-    config = NicheformerConfig(attention=arguments.attention, remat=True)
+    config = NicheformerConfig(attention=arguments.attention, remat="full")
     graph, shapes, _ = abstract(lambda rngs: Nicheformer(config, N_GENES, rngs=rngs))
     n_tokens = N_GENES + 30
 

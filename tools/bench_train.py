@@ -63,7 +63,7 @@ class Arguments:
 def main(arguments: Arguments, overrides: list[str]) -> None:
     config = override(load_recipe(arguments.recipe), overrides, str(arguments.recipe))
     corpus = Corpus.open(config.corpus)
-    cells, _ = select_cells(corpus, split_cells(corpus, config.split), config)
+    cells = select_cells(corpus, split_cells(corpus, config.split), config)[0].numbers()
     measure = padding_per_file if arguments.per_file else speed
     figures = measure(arguments, config, corpus, cells)
     if arguments.json:

@@ -71,7 +71,8 @@ def main(arguments: Arguments) -> None:
         if alike.setdefault(without_seed(model.config), experiment) != experiment:
             raise SystemExit(f"{run} differs from another run in more than the seed: compare them apart")
     split = split_cells(corpus, config.split)
-    train, test = select_cells(corpus, split, config)
+    chosen, test = select_cells(corpus, split, config)
+    train = chosen.numbers()
     if arguments.test_cells:
         test = subset(test, arguments.test_cells)
     if arguments.train_cells:

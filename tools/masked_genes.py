@@ -61,7 +61,8 @@ def main(arguments: Arguments) -> None:
         if shared(model.config) != shared(config):
             raise SystemExit(f"{run} differs in split, technologies, sentences or mask: compare it apart")
     split = split_cells(corpus, config.split)
-    train, test = select_cells(corpus, split, replace(config, evaluate_cells=arguments.test_cells))
+    chosen, test = select_cells(corpus, split, replace(config, evaluate_cells=arguments.test_cells))
+    train = chosen.numbers()
     _, _, objective = config.nicheformer()
     widest = max(
         (model.config.nicheformer()[1] for model in models.values()), key=lambda s: s.niche_neighbours

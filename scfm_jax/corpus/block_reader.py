@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Int, Int32, Int64, Shaped, UInt, UInt16
 
-from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, runs
+from scfm_jax.corpus.blocks import Blocks, ColumnRing, EntryRing, Recent, runs
 from scfm_jax.corpus.place import Place, remote_context
 from scfm_jax.corpus.store import (
     BLOCK,
@@ -28,23 +27,22 @@ from scfm_jax.corpus.store import (
 _ABSENT: dict[str, float] = {"x": np.nan, "y": np.nan, "neighbours": -1}
 # Shares of the memory for decoded cells; what is left is TensorStore's, for the indexes of shards.
 _SHARES = {"entries": 0.5, "neighbours": 0.18, "x": 0.03, "y": 0.03, "total_matched": 0.02}
-_INDEX_SHARE = 0.2
-_OPEN_BYTES = 40_000
+_INDEX_SHARE, _OPEN_SHARE = 0.15, 0.05
+_OPEN_BYTES = 40_000  # of a slide's open arrays, about: some kilobytes each
 
 
 @dataclass(frozen=True)
 class SlideIndex:
     """What must be in memory to read a slide's blocks."""
 
-    arrays: SlideArrays
     nnz: UInt16[np.ndarray, " cells"]
     overflow_position: Int64[np.ndarray, " m"]
     overflow_count: Int32[np.ndarray, " m"]
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes, about: open arrays take some kilobytes each."""
-        return _OPEN_BYTES + self.nnz.nbytes
+        """Memory that it takes."""
+        return self.nnz.nbytes + self.overflow_position.nbytes + self.overflow_count.nbytes
 
 
 class BlockReader:
@@ -70,7 +68,8 @@ class BlockReader:
         self._spatial = np.array([record["spatial"] for record in self._records], bool)
         self._overflows = np.array([record["overflow"] > 0 for record in self._records], bool)
         self._n_neighbours = manifest["n_neighbours"]
-        self._context = remote_context(int(cache_bytes * (1 - sum(_SHARES.values()) - _INDEX_SHARE)))
+        of_tensorstore = 1 - sum(_SHARES.values()) - _INDEX_SHARE - _OPEN_SHARE
+        self._context = remote_context(int(cache_bytes * of_tensorstore))
         nnz = sum(record["nnz"] for record in self._records)
         self._dtype = np.dtype(LAYOUTS[entry_layout(n_genes)].dtype)
         self._cache_bytes = cache_bytes
@@ -79,8 +78,8 @@ class BlockReader:
         )
         self._columns: dict[str, ColumnRing] = {}
         self._lock = threading.Lock()
-        self._indexes: OrderedDict[int, SlideIndex] = OrderedDict()
-        self._index_bytes = 0
+        self._open: Recent[SlideArrays] = Recent(int(cache_bytes * _OPEN_SHARE))
+        self._indexes: Recent[SlideIndex] = Recent(int(cache_bytes * _INDEX_SHARE))
 
     def entries(
         self,
@@ -123,37 +122,35 @@ class BlockReader:
         found[~here] = read[at, place[~here]]
         return found
 
-    def index(self, slide: int) -> SlideIndex:
-        """What is in memory of a slide."""
-        return self.indexes([slide])[slide]
+    def arrays(self, slides: Sequence[int]) -> dict[int, SlideArrays]:
+        """The arrays of several slides; nothing is read."""
+        with self._lock:
+            found = self._open.find(slides)
+            for slide in slides:
+                if slide not in found:
+                    record = self._records[slide]
+                    place, panel = self._root / record["folder"], self._panel_sizes[record["panel"]]
+                    found[slide] = SlideArrays(place, record, self._n_genes, panel, self._context)
+                    self._open.put(slide, found[slide], _OPEN_BYTES)
+        return found
 
     def indexes(self, slides: Sequence[int]) -> dict[int, SlideIndex]:
         """What is in memory of several slides, read at once where it is not yet."""
         with self._lock:
-            found = {slide: self._indexes[slide] for slide in slides if slide in self._indexes}
-            for slide in found:
-                self._indexes.move_to_end(slide)
+            found = self._indexes.find(slides)
         reads = {}
-        for slide in slides:
-            if slide not in found:
-                record = self._records[slide]
-                place, panel = self._root / record["folder"], self._panel_sizes[record["panel"]]
-                arrays = SlideArrays(place, record, self._n_genes, panel, self._context)
-                names = ["nnz"]
-                names += ["overflow_position", "overflow_count"] if record["overflow"] else []
-                arrays.open(["entries", *names])
-                reads[slide] = arrays, [(name, arrays[name].read()) for name in names]
+        for slide, arrays in self.arrays([slide for slide in slides if slide not in found]).items():
+            overflow = ["overflow_position", "overflow_count"] if self._overflows[slide] else []
+            names = ["nnz", *overflow]
+            arrays.open(names)
+            reads[slide] = arrays, [(name, arrays[name].read()) for name in names]
         for slide, (arrays, parts) in reads.items():
             values = [arrays.result(name, read) for name, read in parts]
             empty = (np.empty(0, np.int64), np.empty(0, np.int32))
-            found[slide] = SlideIndex(arrays, values[0], *(values[1:] or empty))
+            found[slide] = SlideIndex(values[0], *(values[1:] or empty))
         with self._lock:
             for slide in reads:
-                if slide not in self._indexes:
-                    self._indexes[slide] = found[slide]
-                    self._index_bytes += found[slide].nbytes
-            while self._index_bytes > self._cache_bytes * _INDEX_SHARE and len(self._indexes) > 1:
-                self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
+                self._indexes.put(slide, found[slide], found[slide].nbytes)
         return found
 
     def slides_of(self, blocks: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
@@ -185,18 +182,18 @@ class BlockReader:
     def read(self, numbers: Int64[np.ndarray, " blocks"]) -> Blocks:
         """Read blocks, given ascending, in one batch: a request for each."""
         slides = self.slides_of(numbers)
-        indexes = self.indexes(np.unique(slides).tolist())
+        present = np.unique(slides).tolist()
+        indexes, arrays = self.indexes(present), self.arrays(present)
         local = numbers - self.first_block[slides]
         length = np.zeros((len(numbers), BLOCK), np.int64)
         reads = []
         with ts.Batch() as batch:
             for row, slide, block in zip(length, slides.tolist(), local.tolist()):
-                index = indexes[slide]
-                nnz = index.nnz[block * BLOCK : (block + 1) * BLOCK]
+                nnz = indexes[slide].nnz[block * BLOCK : (block + 1) * BLOCK]
                 row[: len(nnz)] = nnz
-                array = index.arrays["entries"][block, : int(row.sum())]
-                reads.append((index.arrays, array.read(batch=batch)))
-        entries = [arrays.result("entries", read) for arrays, read in reads]
+                array = arrays[slide]["entries"][block, : int(row.sum())]
+                reads.append((arrays[slide], array.read(batch=batch)))
+        entries = [of_slide.result("entries", read) for of_slide, read in reads]
         return Blocks(numbers, np.pad(length.cumsum(1), ((0, 0), (1, 0))), entries)
 
     def _read_column(
@@ -204,18 +201,18 @@ class BlockReader:
     ) -> Shaped[np.ndarray, "blocks 64 ..."]:
         bounds, found = self._runs(numbers)
         stored = [self._spatial[slide] or name not in _ABSENT for slide, _, _ in found]
-        indexes = self.indexes(sorted({run[0] for run, there in zip(found, stored) if there}))
+        arrays = self.arrays(sorted({run[0] for run, there in zip(found, stored) if there}))
         values = np.full((len(numbers), BLOCK, *like.shape[1:]), _ABSENT.get(name, 0), like.dtype)
         reads = []
         with ts.Batch() as batch:
             for number, (slide, start, stop) in enumerate(found):
                 if stored[number]:
                     cells = slice(start * BLOCK, min(stop * BLOCK, self._records[slide]["n_cells"]))
-                    array = indexes[slide].arrays[name][cells]
+                    array = arrays[slide][name][cells]
                     array = array[:, : like.shape[1]] if like.ndim == 2 else array
-                    reads.append((number, indexes[slide].arrays, array.read(batch=batch)))
-        for number, arrays, read in reads:
-            rows = arrays.result(name, read)
+                    reads.append((number, arrays[slide], array.read(batch=batch)))
+        for number, of_slide, read in reads:
+            rows = of_slide.result(name, read)
             flat = values[bounds[number] : bounds[number + 1]].reshape(-1, *like.shape[1:])
             flat[: len(rows)] = rows
         return values
@@ -237,9 +234,10 @@ class BlockReader:
             return entries
         cell = np.searchsorted(offsets, large, side="right") - 1
         full = counts[large].astype(np.uint64)
-        for number in np.unique(slide[cell]):
+        present = np.unique(slide[cell]).tolist()
+        for number, index in self.indexes(present).items():
             here = np.flatnonzero(slide[cell] == number)
-            index, at = self.index(int(number)), cell[here]
+            at = cell[here]
             start = block[at] - self.first_block[number]
             before = [self._entries_before(index, a, p) for a, p in zip(start.tolist(), place[at].tolist())]
             position = np.array(before) + large[here] - offsets[at]

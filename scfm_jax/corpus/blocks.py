@@ -5,14 +5,17 @@ The caller holds a lock around each call.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Int32, Int64, Shaped, UInt
 
 from scfm_jax.corpus.store import BLOCK
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,28 @@ class ColumnRing:
         self._values[slots], self._block_of_slot[slots] = values, numbers
         self._slots[numbers] = slots + 1
         self._next = int(slots[-1] + 1) % len(self._values) if len(slots) else self._next
+
+
+class Recent(Generic[Value]):
+    """Keeps the values used last, up to a number of bytes; one at least."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._bytes = most_bytes, 0
+        self._kept: OrderedDict[int, tuple[Value, int]] = OrderedDict()
+
+    def find(self, keys: Iterable[int]) -> dict[int, Value]:
+        """The values of those keys that are here."""
+        found = {key: self._kept[key][0] for key in keys if key in self._kept}
+        for key in found:
+            self._kept.move_to_end(key)
+        return found
+
+    def put(self, key: int, value: Value, n_bytes: int) -> None:
+        """Add a value, in place of one that is here."""
+        self._bytes += n_bytes - self._kept.pop(key, (value, 0))[1]
+        self._kept[key] = value, n_bytes
+        while self._bytes > self._most and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1][1]
 
 
 def _only(blocks: Blocks, chosen: Bool[np.ndarray, " blocks"]) -> Blocks:

@@ -7,14 +7,16 @@ fingerprint of all that it was made from, and a later build of the same takes it
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from scfm_jax.corpus.assemble import assemble, event
+from scfm_jax.corpus.building import COUNTED, clear_scratch, only_build
 from scfm_jax.corpus.check import (
     Counted,
     CountJob,
@@ -26,20 +28,18 @@ from scfm_jax.corpus.check import (
     report_source,
     request_hash,
 )
-from scfm_jax.corpus.manifest import BUILDING, MANIFEST, SCHEMA, canonical_json, read_manifest, sha256_bytes
+from scfm_jax.corpus.manifest import BUILDING, MANIFEST, SCHEMA, canonical_json, sha256_bytes
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.reader import Corpus
 from scfm_jax.corpus.sources import Source
 from scfm_jax.corpus.store import StoreOptions
 from scfm_jax.corpus.workers import run_jobs
-from scfm_jax.corpus.write import FINISHED, WriteJob, clear_scratch, write_slides
+from scfm_jax.corpus.write import WriteJob, write_slides
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Alignment, Orthologs, Vocabulary, align
 
 # Slides of one file are written together up to this many non-zeros, so that small ones share a pass over it.
 _ENTRIES_OF_A_JOB = 1 << 25
-
-_STARTED = f"{BUILDING}/started"
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,7 +96,7 @@ def build_corpus(
     Raises
     ------
     InputError
-        Bad input, found before anything is written.
+        Bad input, found before a slide is written; or another build of it is at work.
 
     Warns
     -----
@@ -112,30 +112,20 @@ def build_corpus(
         raise InputError(
             place, f"n_neighbours is {n_neighbours}, min_counts {min_counts}", "give at least 1 and 0"
         )
-    exists = _exists(place)
     outlines = _outlines(place, sources)
-    tables: dict[str, Any] = {"gene_names": gene_names, "aliases": aliases, "orthologs": orthologs}
+    tables = _Tables(gene_names, aliases, orthologs)
     if vocabulary is None:
         named = [(outline.gene_names, outline.source.species) for outline in outlines]
-        vocabulary = Vocabulary.from_names(named, **tables)
-    settings = {
-        "vocabulary": vocabulary.hash,
-        "min_counts": min_counts,
-        "n_neighbours": n_neighbours,
-    }
-    options = options or StoreOptions.suited_to(place)
-    work = _Work(place, outlines, vocabulary, tables, settings, options)
-    if exists:
-        done = _report_of_request(place, work.request)
-        if done is None:
-            raise InputError(place, "it exists already", "remove it, choose another name, or add to it")
-        return done
-    folders, reports = work.run(workers, scheduler, progress or _tell_nobody)
-    history = [event("build", request=work.request, sources=[asdict(source) for source in sources])]
-    with _keeping_finished(place):
-        report = assemble(place, folders, vocabulary, settings, reports, history)
-    place.delete(f"{BUILDING}/")
-    return report
+        vocabulary = Vocabulary.from_names(named, **vars(tables))
+    settings = {"vocabulary": vocabulary.hash, "min_counts": min_counts, "n_neighbours": n_neighbours}
+    work = _Work(place, outlines, vocabulary, tables, settings, options or StoreOptions.suited_to(place))
+    with only_build(place):
+        if place.names(MANIFEST):
+            done = work.done(Corpus.open(out, cache_bytes=0))
+            if done is None:
+                raise InputError(place, "it exists already", "remove it, choose another name, or add to it")
+            return done
+        return work.finish(None, workers, scheduler, progress or _tell_nobody)
 
 
 def add_sources(
@@ -168,31 +158,28 @@ def add_sources(
         As of `build_corpus`; or a slide that the corpus has already.
     """
     place = Place(path)
-    corpus = Corpus.open(path, cache_bytes=0)
-    manifest = corpus.manifest
-    taken = [slide.name for slide in corpus.slides]
-    settings = {name: manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")}
-    options = StoreOptions(*(manifest["slides"][-1][name] for name in ("codec", "shard_factor")))
-    tables: dict[str, Any] = {"gene_names": gene_names, "aliases": aliases, "orthologs": orthologs}
+    Corpus.open(path, cache_bytes=0)  # before anything is made there
     outlines = _outlines(place, sources)
-    work = _Work(place, outlines, corpus.vocabulary, tables, settings, options)
-    if (done := _report_of_request(place, work.request)) is not None:
-        return done
-    check_names(outlines, taken)
-    folders, reports = work.run(workers, scheduler, progress or _tell_nobody)
-    before = manifest["provenance"]["history"]
-    added = event("add", request=work.request, sources=[asdict(source) for source in sources])
-    with _keeping_finished(place):
-        report = assemble(
-            place,
-            {record["folder"]: record["checksum"] for record in manifest["slides"]} | folders,
-            corpus.vocabulary,
-            settings,
-            [*corpus.report["files"], *reports],
-            [*before, added],
-        )
-    place.delete(f"{BUILDING}/")
-    return report
+    with only_build(place):
+        corpus = Corpus.open(path, cache_bytes=0)
+        manifest = corpus.manifest
+        settings = {name: manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")}
+        options = StoreOptions(*(manifest["slides"][-1][name] for name in ("codec", "shard_factor")))
+        tables = _Tables(gene_names, aliases, orthologs)
+        work = _Work(place, outlines, corpus.vocabulary, tables, settings, options)
+        if (done := work.done(corpus)) is not None:
+            return done
+        check_names(outlines, [slide.name for slide in corpus.slides])
+        return work.finish(corpus, workers, scheduler, progress or _tell_nobody)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What genes are aligned by."""
+
+    gene_names: Mapping[str, str] | None
+    aliases: Mapping[str, str] | None
+    orthologs: Orthologs | None
 
 
 class _Work:
@@ -203,14 +190,14 @@ class _Work:
         place: Place,
         outlines: Sequence[Outline],
         vocabulary: Vocabulary,
-        tables: dict[str, Any],
+        tables: _Tables,
         settings: dict[str, Any],
         options: StoreOptions,
     ) -> None:
-        self._place, self._outlines, self._n_genes = place, outlines, len(vocabulary)
+        self._place, self._outlines, self._vocabulary = place, outlines, vocabulary
         self._settings, self._options = settings, options
         self._alignments: list[Alignment] = [
-            align(outline.gene_names, vocabulary, species=outline.source.species, **tables)
+            align(outline.gene_names, vocabulary, species=outline.source.species, **vars(tables))
             for outline in outlines
         ]
         made_with = {**settings, "schema": SCHEMA, "options": asdict(options)}
@@ -218,20 +205,43 @@ class _Work:
             fingerprint_of(outline, alignment, made_with)
             for outline, alignment in zip(outlines, self._alignments)
         ]
-        self.request = request_hash(self._fingerprints)
+        self._request = request_hash(self._fingerprints)
 
-    def run(
+    def done(self, corpus: Corpus) -> dict[str, Any] | None:
+        """The report of a corpus, if it holds already what is asked for."""
+        history = corpus.manifest["provenance"]["history"]
+        asked = [number for number, entry in enumerate(history) if entry.get("request") == self._request]
+        if not asked or any(entry["what"] == "remove" for entry in history[asked[-1] :]):
+            return None
+        self._place.delete(f"{BUILDING}/")  # what is left where it was killed at the very end
+        return corpus.report
+
+    def finish(
+        self, corpus: Corpus | None, workers: int, scheduler: str | None, tell: Progress
+    ) -> dict[str, Any]:
+        """Write the slides, behind those of `corpus` if there is one, and return the report of all."""
+        folders, reports = self._run(workers, scheduler, tell)
+        history: list[dict[str, Any]] = []
+        if corpus is not None:
+            records = corpus.manifest["slides"]
+            folders = {record["folder"]: record["checksum"] for record in records} | folders
+            reports = [*corpus.report["files"], *reports]
+            history = corpus.manifest["provenance"]["history"]
+        sources = [asdict(outline.source) for outline in self._outlines]
+        what = event("add" if corpus else "build", request=self._request, sources=sources)
+        report = assemble(self._place, folders, self._vocabulary, self._settings, reports, [*history, what])
+        self._place.delete(f"{BUILDING}/")
+        return report
+
+    def _run(
         self, workers: int, scheduler: str | None, tell: Progress
     ) -> tuple[dict[str, str], list[dict[str, Any]]]:
         """Write the slides; return their folders with their checksums, and the report of each source."""
         total = 2 * sum(outline.n_cells for outline in self._outlines)
         done = 0
-        jobs = [
-            CountJob(outline.source.absolute(), alignment.target, self._settings["min_counts"])
-            for outline, alignment in zip(self._outlines, self._alignments)
-        ]
+        clear_scratch(self._place)
         counted: dict[int, Counted] = {}
-        for number, result in run_jobs(count, jobs, workers=workers, scheduler=scheduler):
+        for number, result in self._counted(workers, scheduler):
             counted[number] = result
             done += self._outlines[number].n_cells
             tell(f"checked {Path(self._outlines[number].source.path).name}", done, total)
@@ -240,15 +250,12 @@ class _Work:
             report, warned = report_source(outline, counted[number], alignment, self._settings["min_counts"])
             reports.append(report)
             _warn(report, outline.source.path, warned)
-        with _keeping_finished(self._place):
-            clear_scratch(self._place)
-            self._place.write(_STARTED, self.request.encode())
-            owners, writes = self._writes(counted, workers == 1 and scheduler is None)
-            written: dict[int, list[tuple[str, dict[str, Any]]]] = {}
-            for number, slides in run_jobs(write_slides, writes, workers=workers, scheduler=scheduler):
-                written[number] = slides
-                done += sum(slide["record"]["n_cells"] for _, slide in slides)
-                tell(f"wrote {', '.join(slide['record']['name'] for _, slide in slides)}", done, total)
+        owners, writes = self._writes(counted, workers == 1 and scheduler is None)
+        written: dict[int, list[tuple[str, dict[str, Any]]]] = {}
+        for number, slides in run_jobs(write_slides, writes, workers=workers, scheduler=scheduler):
+            written[number] = slides
+            done += sum(slide["record"]["n_cells"] for _, slide in slides)
+            tell(f"wrote {', '.join(slide['record']['name'] for _, slide in slides)}", done, total)
         folders: dict[str, str] = {}
         for report in reports:
             report["slides"] = []
@@ -260,26 +267,48 @@ class _Work:
         tell("every slide is written", total, total)
         return folders, reports
 
+    def _counted(self, workers: int, scheduler: str | None) -> Iterator[tuple[int, Counted]]:
+        """Each source's number and counts: as an earlier build found them in the same file, or read."""
+        names = [f"{COUNTED}/{request_hash([fingerprint])}" for fingerprint in self._fingerprints]
+        jobs: dict[int, CountJob] = {}
+        for number, data in enumerate(self._place.read_all(names)):
+            if (known := Counted.from_bytes(data)) is not None:
+                yield number, known
+                continue
+            source, target = self._outlines[number].source.absolute(), self._alignments[number].target
+            jobs[number] = CountJob(source, target, self._settings["min_counts"])
+        numbers = list(jobs)
+        for job, result in run_jobs(count, list(jobs.values()), workers=workers, scheduler=scheduler):
+            self._place.write(names[numbers[job]], result.to_bytes())
+            yield numbers[job], result
+
     def _writes(self, counted: dict[int, Counted], alone: bool) -> tuple[list[int], list[WriteJob]]:
-        """The source that each job belongs to, and the jobs, in the order of the slides."""
+        """The source that each job belongs to, and the jobs, in the order of the slides.
+
+        What is taken from `counted` is removed there.
+        """
         owners, jobs = [], []
         for number, (outline, alignment) in enumerate(zip(self._outlines, self._alignments)):
-            entries = counted[number].entries_of_slide
+            found = counted.pop(number)
             # A file that is not stored by cell is read whole for each job: so it gets one.
-            group = (entries.cumsum() - 1) // _ENTRIES_OF_A_JOB if counted[number].by_cell else entries * 0
-            for value in dict.fromkeys(group.tolist()):
-                sections = tuple(s for s in range(len(entries)) if group[s] == value)
+            entries = found.entries_of_slide
+            group = (entries.cumsum() - 1) // _ENTRIES_OF_A_JOB if found.by_cell else entries * 0
+            order = np.argsort(found.section, kind="stable")
+            ends = np.searchsorted(found.section[order], np.arange(len(entries) + 1))
+            for value in dict.fromkeys(group[np.diff(ends) > 0].tolist()):
+                sections = np.flatnonzero((group == value) & (np.diff(ends) > 0)).tolist()
+                rows = np.sort(order[ends[sections[0]] : ends[sections[-1] + 1]])
                 owners.append(number)
                 jobs.append(
                     WriteJob(
                         place=self._place.absolute,
                         source=outline.source.absolute(),
                         target=alignment.target,
-                        totals=counted[number].totals,
-                        sections=sections,
+                        sections={section: outline.slides[section] for section in sections},
+                        rows=rows.astype(np.int32),
+                        totals=found.cells[:, rows],
                         fingerprint=self._fingerprints[number],
-                        n_genes=self._n_genes,
-                        min_counts=self._settings["min_counts"],
+                        n_genes=len(self._vocabulary),
                         n_neighbours=self._settings["n_neighbours"],
                         options=self._options,
                         threads=-1 if alone else 1,
@@ -298,54 +327,6 @@ def _outlines(place: Place, sources: Sequence[Source]) -> list[Outline]:
     outlines = outline_sources(sources)
     check_names(outlines)
     return outlines
-
-
-def _exists(place: Place) -> bool:
-    """Whether a corpus is there.
-
-    Raises
-    ------
-    InputError
-        Something else is.
-    """
-    mend = "remove it or choose another name"
-    if place.is_local and place.path.exists() and not place.path.is_dir():
-        raise InputError(place, "it exists already", mend)
-    if place.read(MANIFEST) is not None:
-        return True
-    if place.names() and not place.names(f"{BUILDING}/"):
-        raise InputError(place, "it exists already and is no corpus", mend)
-    return False
-
-
-def _report_of_request(place: Place, request: str) -> dict[str, Any] | None:
-    """The report of the corpus, if it holds what is asked for."""
-    history = read_manifest(place)["provenance"]["history"]
-    asked = [number for number, entry in enumerate(history) if entry.get("request") == request]
-    if not asked or any(entry["what"] == "remove" for entry in history[asked[-1] :]):
-        return None
-    place.delete(f"{BUILDING}/")  # what is left where it was killed at the very end
-    return Corpus.open(str(place), cache_bytes=0).report
-
-
-@contextlib.contextmanager
-def _keeping_finished(place: Place) -> Iterator[None]:
-    """Leave nothing behind a failed build but finished slides."""
-    if place.is_local:
-        place.path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        clear_scratch(place)
-        if not place.names(f"{FINISHED}/") and place.read(MANIFEST) is None:
-            # A slide may be in place, or half uploaded, and not yet marked.
-            place.delete("slides/")
-        if not place.names(f"{FINISHED}/"):
-            place.delete(f"{BUILDING}/")
-            if place.is_local:
-                with contextlib.suppress(OSError):
-                    place.path.rmdir()
-        raise
 
 
 def _warn(report: dict[str, Any], where: str, found: Sequence[str]) -> None:

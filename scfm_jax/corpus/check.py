@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int32, Int64
 
-from scfm_jax.corpus.counts_file import CountsFile, Totals
+from scfm_jax.corpus.counts_file import CountsFile
 from scfm_jax.corpus.manifest import canonical_json, sha256_bytes
 from scfm_jax.corpus.sources import Source
 from scfm_jax.corpus.store import MOST_EXPRESSED
@@ -45,16 +47,38 @@ class CountJob:
 class Counted:
     """A source whose counts are good.
 
-    ``excluded`` counts features that are no genes, by their type; ``entries_of_slide`` holds the non-zeros of
-    the kept cells of each of its slides; ``by_cell`` says whether they can be read a cell at a time.
+    ``cells`` holds its totals over all genes and over those with a target, and the non-zeros with a target;
+    ``section`` the number of each cell's section, -1 where it is dropped; ``gene`` the counts of each gene;
+    ``entries_of_slide`` the non-zeros of the kept cells of each section. ``excluded`` counts features that
+    are no genes, by their type; ``by_cell`` says whether the counts can be read a cell at a time.
     """
 
-    totals: Totals
+    cells: Int32[np.ndarray, "3 cells"]
+    section: Int32[np.ndarray, " cells"]
+    gene: Int64[np.ndarray, " genes"]
+    entries_of_slide: Int64[np.ndarray, " sections"]
     layer: str
     warnings: list[str]
     excluded: dict[str, int]
-    entries_of_slide: Int64[np.ndarray, " slides"]
     by_cell: bool
+
+    def to_bytes(self) -> bytes:
+        """All of it, behind its SHA-256."""
+        file = io.BytesIO()
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        others = {name: value for name, value in values.items() if name not in arrays}
+        np.savez(file, allow_pickle=False, others=np.array(json.dumps(others)), **arrays)
+        return sha256_bytes(file.getvalue()).encode() + file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes | None) -> Counted | None:
+        """What `to_bytes` gave; None where it is not whole."""
+        if data is None or sha256_bytes(data[64:]).encode() != data[:64]:
+            return None
+        with np.load(io.BytesIO(data[64:]), allow_pickle=False) as kept:
+            arrays = {name: kept[name] for name in kept.files}
+        return cls(**json.loads(str(arrays.pop("others"))), **arrays)
 
 
 def outline_sources(sources: Sequence[Source]) -> list[Outline]:
@@ -130,6 +154,7 @@ def count(job: CountJob) -> Counted:
         warnings, excluded = file.warnings(), file.excluded
         layer, by_cell = file.layer, file.matrix.format == "csr"
         kept = totals.cell_matched >= job.min_counts
+        section = np.where(kept, file.section_of, -1).astype(np.int32)
         entries_of_slide = np.bincount(
             file.section_of[kept], totals.cell_entries[kept], len(file.sections)
         ).astype(np.int64)
@@ -141,17 +166,18 @@ def count(job: CountJob) -> Counted:
         raise InputError(
             source.path, f"{layer}: a cell has {totals.cell_entries.max()} expressed genes", mend
         )
-    return Counted(totals, layer, warnings, excluded, entries_of_slide, by_cell)
+    cells = np.stack([totals.cell_raw, totals.cell_matched, totals.cell_entries])
+    return Counted(cells, section, totals.gene, entries_of_slide, layer, warnings, excluded, by_cell)
 
 
 def report_source(
     outline: Outline, counted: Counted, alignment: Alignment, min_counts: int
 ) -> tuple[dict[str, Any], list[str]]:
     """What the report says of a source, and what is to be warned of."""
-    totals = counted.totals
-    empty = int((totals.cell_matched == 0).sum())
-    dropped = int((totals.cell_matched < min_counts).sum())
-    genes = alignment.report(totals.gene)
+    _, matched, _ = counted.cells
+    empty = int((matched == 0).sum())
+    dropped = int((matched < min_counts).sum())
+    genes = alignment.report(counted.gene)
     warnings = list(counted.warnings)
     if genes["share_lost"] > _MOST_LOST:
         warnings.append(f"{genes['share_lost']:.1%} of counts are lost with genes outside the vocabulary")

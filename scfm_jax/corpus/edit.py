@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scfm_jax.corpus.assemble import assemble, event
+from scfm_jax.corpus.building import only_build
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.reader import Corpus
 from scfm_jax.errors import InputError
@@ -56,20 +57,19 @@ def merge_corpora(out: str | Path, paths: Sequence[str | Path]) -> dict[str, Any
             owner[slide.name] = corpus.path
     settings = {name: first.manifest[name] for name in ("vocabulary", "min_counts")}
     settings["n_neighbours"] = min(corpus.n_neighbours for corpus in corpora)
-    if place.is_local:
-        place.path.mkdir(parents=True)
-    return assemble(
-        place,
-        {
-            _seen_from(place, Place(corpus.path) / record["folder"]): record["checksum"]
-            for corpus in corpora
-            for record in corpus.manifest["slides"]
-        },
-        first.vocabulary,
-        settings,
-        [file for corpus in corpora for file in corpus.report["files"]],
-        [event("merge", corpora=[{"path": c.path, "hash": c.hash} for c in corpora])],
-    )
+    with only_build(place):
+        return assemble(
+            place,
+            {
+                _seen_from(place, Place(corpus.path) / record["folder"]): record["checksum"]
+                for corpus in corpora
+                for record in corpus.manifest["slides"]
+            },
+            first.vocabulary,
+            settings,
+            [file for corpus in corpora for file in corpus.report["files"]],
+            [event("merge", corpora=[{"path": c.path, "hash": c.hash} for c in corpora])],
+        )
 
 
 def remove_slides(path: str | Path, names: Sequence[str]) -> dict[str, Any]:
@@ -91,25 +91,29 @@ def remove_slides(path: str | Path, names: Sequence[str]) -> dict[str, Any]:
     InputError
         A name that no slide has, or nothing would be left.
     """
-    place, corpus = Place(path), Corpus.open(path, cache_bytes=0)
-    records, there = corpus.manifest["slides"], [slide.name for slide in corpus.slides]
-    for name in names:
-        if name not in there:
-            raise InputError(path, f"has no slide {name!r}", f"the slides are {', '.join(there)}")
-    left = [record for record in records if record["name"] not in names]
-    if not names or not left:
-        raise InputError(path, "nothing to remove" if not names else "no slide would be left", "name fewer")
-    files = json.loads(json.dumps(corpus.report["files"]))
-    for file in files:
-        file["slides"] = [name for name in file["slides"] if name not in names]
-    return assemble(
-        place,
-        {record["folder"]: record["checksum"] for record in left},
-        corpus.vocabulary,
-        {name: corpus.manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")},
-        files,
-        [*corpus.manifest["provenance"]["history"], event("remove", slides=list(names))],
-    )
+    place = Place(path)
+    Corpus.open(path, cache_bytes=0)  # before anything is made there
+    with only_build(place):
+        corpus = Corpus.open(path, cache_bytes=0)
+        records, there = corpus.manifest["slides"], [slide.name for slide in corpus.slides]
+        for name in names:
+            if name not in there:
+                raise InputError(path, f"has no slide {name!r}", f"the slides are {', '.join(there)}")
+        left = [record for record in records if record["name"] not in names]
+        if not names or not left:
+            problem = "no slide would be left" if names else "nothing to remove"
+            raise InputError(path, problem, "name fewer")
+        files = json.loads(json.dumps(corpus.report["files"]))
+        for file in files:
+            file["slides"] = [name for name in file["slides"] if name not in names]
+        return assemble(
+            place,
+            {record["folder"]: record["checksum"] for record in left},
+            corpus.vocabulary,
+            {name: corpus.manifest[name] for name in ("vocabulary", "min_counts", "n_neighbours")},
+            files,
+            [*corpus.manifest["provenance"]["history"], event("remove", slides=list(names))],
+        )
 
 
 def _seen_from(place: Place, slide: Place) -> str:

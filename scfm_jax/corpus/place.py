@@ -19,7 +19,7 @@ import tensorstore as ts
 from scfm_jax.errors import InputError
 
 _BUCKET_DRIVERS = {"s3://": "s3", "gs://": "gcs"}
-_AT_ONCE = 32
+_AT_ONCE = 128
 _LARGE = 1 << 24
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import tensorstore as ts
 from jaxtyping import Float32, Float64, Int, Int32, Int64, Shaped, UInt
 
 from scfm_jax.corpus.block_reader import BlockReader
@@ -29,6 +30,10 @@ _COLUMNS = {
     "source_row": "source_row",
 }
 _DTYPES: dict[str, type] = {"x": np.float32, "y": np.float32, "source_row": np.int64}
+# Slides that are read together: enough for the requests that an object store takes at once.
+SLIDES_AT_ONCE = 256
+# A slide, places of its cells in a request, and rows within it.
+_OfSlide: TypeAlias = tuple[int, Any, Any]
 # Columns that batches are made of are read by block, and kept.
 _BY_BLOCK = ("x", "y", "total_matched")
 
@@ -176,7 +181,6 @@ class Corpus:
             )
             for record, start in zip(records, self.slide_starts)
         )
-        self._technology_means: dict[str, Float64[np.ndarray, " n_genes"]] = {}
         self.cache_bytes = cache_bytes
         self.entry_bytes = np.dtype(LAYOUTS[entry_layout(len(vocabulary))].dtype).itemsize
         self._blocks = BlockReader(place, manifest, len(vocabulary), cache_bytes)
@@ -228,6 +232,10 @@ class Corpus:
     def slide_of(self, index: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
         """Return the number of each cell's slide."""
         return (np.searchsorted(self.slide_starts, self._checked(index), side="right") - 1).astype(np.int32)
+
+    def block_of(self, index: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """Return the block of `BLOCK` that each cell is stored in, numbered over the corpus."""
+        return self._located(self._checked(index))[0]
 
     def cells(self, index: Int[np.ndarray, " n"]) -> Cells:
         """Read the expressed genes of cells.
@@ -291,15 +299,11 @@ class Corpus:
         missing = np.nan if name in ("x", "y") else 0
         n = self.n_cells if index is None else len(index)
         out: Shaped[np.ndarray, " n"] = np.full(n, missing, dtype)
-        stored = _COLUMNS[name]
-        reads = [
-            (rows, arrays, arrays[stored][local].read())
-            for slide, rows, local in self._by_slide(index)
-            if self.slides[slide].spatial or name not in ("x", "y")
-            for arrays in [self._blocks.index(slide).arrays]
-        ]
-        for rows, arrays, read in reads:
-            out[rows] = arrays.result(stored, read)
+        there = [slide.spatial or name not in ("x", "y") for slide in self.slides]
+        for part in self._by_slide(index):
+            stored = {slide: _COLUMNS[name] for slide, *_ in part if there[slide]}
+            for _, rows, values in self._read(part, stored):
+                out[rows] = values
         return out
 
     def labels(
@@ -327,11 +331,12 @@ class Corpus:
             there = ", ".join(self.label_names) or "none: build the corpus with --labels"
             raise InputError(self.path, f"no label {name!r}", f"use one of {there}")
         out = np.full(self.n_cells if index is None else len(index), -1, np.int32)
-        for slide, rows, local in self._by_slide(index):
-            if name in (labels := self._slide_labels(slide)):
-                number, classes = labels[name]
-                arrays, array = self._blocks.index(slide).arrays, f"label_{number}"
-                out[rows] = classes[arrays.result(array, arrays[array][local].read())]
+        for part in self._by_slide(index):
+            self._read_labels([slide for slide, *_ in part])
+            found = {slide: self._labels[slide][name] for slide, *_ in part if name in self._labels[slide]}
+            stored = {slide: f"label_{number}" for slide, (number, _) in found.items()}
+            for slide, rows, values in self._read(part, stored):
+                out[rows] = found[slide][1][values]
         return out, tuple(self.manifest["labels"][name])
 
     def neighbours(self, index: Int[np.ndarray, " n"], k: int) -> Int64[np.ndarray, "n k"]:
@@ -416,52 +421,66 @@ class Corpus:
             )
         return k
 
-    def _by_slide(self, index: Int[np.ndarray, " n"] | None) -> Iterator[tuple[int, Any, Any]]:
-        """Split a request by slide: slide, places in the request, rows in the slide."""
+    def _by_slide(self, index: Int[np.ndarray, " n"] | None) -> Iterator[list[_OfSlide]]:
+        """Split a request by slide, some slides at a time."""
         if index is None:
-            for slide, (start, stop) in enumerate(zip(self.slide_starts, self.slide_starts[1:])):
-                yield slide, slice(start, stop), slice(None)
+            for first in range(0, len(self.slides), SLIDES_AT_ONCE):
+                yield [
+                    (number, slice(slide.start, slide.start + slide.n_cells), slice(None))
+                    for number, slide in enumerate(self.slides[first : first + SLIDES_AT_ONCE], first)
+                ]
             return
         slide_of = self.slide_of(index)
         order = np.argsort(slide_of, kind="stable")
         present, starts = np.unique(slide_of[order], return_index=True)
-        for slide, rows in zip(present.tolist(), np.split(order, starts[1:])):
-            yield slide, rows, index[rows] - self.slide_starts[slide]
+        parts = list(zip(present.tolist(), np.split(order, starts[1:])))
+        for first in range(0, len(parts), SLIDES_AT_ONCE):
+            yield [
+                (slide, rows, index[rows] - self.slide_starts[slide])
+                for slide, rows in parts[first : first + SLIDES_AT_ONCE]
+            ]
 
-    def _slide_labels(self, slide: int) -> dict[str, tuple[int, Int32[np.ndarray, " classes"]]]:
-        """From label to its array's number and the corpus's code of each slide code; the last is for -1."""
-        if slide not in self._labels:
-            record = self.manifest["slides"][slide]
-            (text,) = read_checked(self._place, [f"{record['folder']}/{SLIDE}"], [record["checksum"]])
-            classes = json.loads(text)["labels"]
+    def _read(
+        self, part: Sequence[_OfSlide], stored: Mapping[int, str]
+    ) -> Iterator[tuple[int, Any, Shaped[np.ndarray, " rows"]]]:
+        """Read the array that `stored` names of each slide, at once: slide, places in the request, rows."""
+        arrays = self._blocks.arrays(list(stored))
+        with ts.Batch() as batch:
+            reads = [
+                (slide, rows, arrays[slide][stored[slide]][local].read(batch=batch))
+                for slide, rows, local in part
+                if slide in stored
+            ]
+        for slide, rows, read in reads:
+            yield slide, rows, arrays[slide].result(stored[slide], read)
+
+    def _read_labels(self, slides: Sequence[int]) -> None:
+        """Keep what slides have of labels: the array's number and the corpus's code of each slide code.
+
+        The last code is for -1.
+        """
+        records = {slide: self.manifest["slides"][slide] for slide in slides if slide not in self._labels}
+        names = [f"{record['folder']}/{SLIDE}" for record in records.values()]
+        texts = read_checked(self._place, names, [record["checksum"] for record in records.values()])
+        for slide, text in zip(records, texts, strict=True):
             self._labels[slide] = {
                 name: (
                     number,
                     np.array([*np.searchsorted(self.manifest["labels"][name], values), -1], np.int32),
                 )
-                for number, (name, values) in enumerate(classes.items())
+                for number, (name, values) in enumerate(json.loads(text)["labels"].items())
             }
-        return self._labels[slide]
+
+
+_SHOWN = ("name", "source", "section", "species", "technology", "tissue", "modality", "spatial")
 
 
 def corpus_info(corpus: Corpus) -> dict[str, Any]:
     """Describe a corpus from its manifest alone, ready for JSON."""
     slides = []
     for slide, record in zip(corpus.slides, corpus.manifest["slides"]):
-        shown = (
-            "name",
-            "source",
-            "section",
-            "species",
-            "technology",
-            "tissue",
-            "modality",
-            "spatial",
-            "um_per_unit",
-            "n_cells",
-        )
         slides.append(
-            {name: record[name] for name in shown}
+            {name: record[name] for name in (*_SHOWN, "um_per_unit", "n_cells")}
             | {"panel_size": len(slide.panel), "median_counts": slide.median_total, "bytes": record["bytes"]}
         )
     return {

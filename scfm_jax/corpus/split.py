@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from scfm_jax.corpus.reader import Corpus
 from scfm_jax.errors import InputError
 
 CHUNK = 1 << 16
+_SLIDES_AT_ONCE = 8
 UNLABELLED = "(unlabelled)"
 
 
@@ -108,7 +110,8 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
     Parameters
     ----------
     corpus
-        An open corpus. Memory is bounded by a few bytes a cell; neighbours are read `CHUNK` cells at a time.
+        An open corpus. Memory is 2 bytes a cell, and some more for those of the slides that are being split;
+        neighbours are read `CHUNK` cells at a time.
     config
         The split.
     labels
@@ -121,12 +124,13 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         that match all, no test cells, or fewer training cells kept than ``min_kept``.
     """
     _check(corpus, config)
-    # Whole slides are held out without a look at any cell.
-    cut = functools.cache(lambda: _cut_blocks(corpus, config))
-    is_test = _held_out_slides(corpus, config) if config.held_out else _held_out_blocks(corpus, config, cut())
+    if config.held_out:  # without a look at any cell
+        is_test = np.repeat(_held_out_slides(corpus, config), np.diff(corpus.slide_starts))
+        is_train = ~is_test
+    else:
+        is_test, is_train = _split_by_blocks(corpus, config)
     if not is_test.any():
         raise InputError(corpus.path, f"fold {config.fold} holds no cell", "lower n_folds or raise blocks")
-    is_train = ~is_test & ~_margin(corpus, config, is_test)
 
     held_out = {slide.name for slide, rows in zip(corpus.slides, _slides(corpus)) if is_test[rows].any()}
     report: dict[str, Any] = {
@@ -135,7 +139,7 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         "fold": None if config.held_out else config.fold,
         "margin": config.margin,
         "context": config.context,
-        "cells": _count(is_train, is_test, np.ones(corpus.n_cells, bool)),
+        "cells": _counts(int(is_train.sum()), int(is_test.sum()), corpus.n_cells),
         "classes": {name: _count_classes(corpus, name, is_train, is_test) for name in labels},
     }
     kept = report["cells"]["kept"]
@@ -143,7 +147,7 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         problem = f"margin {config.margin} ({config.context}) keeps {kept:.0%} of the cells to train on"
         mend = "lower margin or blocks, allow context 'shared', hold out whole slides"
         raise InputError(corpus.path, problem, f"{mend}, or lower min_kept = {config.min_kept:.0%}")
-    return Split(is_train, is_test, report, cut)
+    return Split(is_train, is_test, report, lambda: _cut_blocks(corpus, config))
 
 
 def _check(corpus: Corpus, config: SplitConfig) -> None:
@@ -177,18 +181,41 @@ def _random(config: SplitConfig, name: str, purpose: str) -> np.random.Generator
     return np.random.default_rng([config.seed, *f"{purpose} {name}".encode()])
 
 
+def _split_by_blocks(
+    corpus: Corpus, config: SplitConfig
+) -> tuple[Bool[np.ndarray, " cells"], Bool[np.ndarray, " cells"]]:
+    """Which cells are test cells, and which are for training."""
+    is_test, is_train = np.empty((2, corpus.n_cells), bool)
+
+    def split_slide(number: int) -> None:
+        rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+        dealt = np.arange(config.blocks**2) % config.n_folds
+        fold = _random(config, corpus.slides[number].name, "folds").permutation(dealt)
+        is_test[rows] = (fold == config.fold)[_cut_slide(corpus, config, number)]
+        is_train[rows] = ~(is_test[rows] | _margin(corpus, config, rows.start, is_test[rows]))
+
+    # Slides know nothing of each other; from a bucket, each waits for its coordinates and its neighbours.
+    with ThreadPoolExecutor(_SLIDES_AT_ONCE) as pool:
+        for _ in pool.map(split_slide, range(len(corpus.slides))):
+            pass
+    return is_test, is_train
+
+
 def _cut_blocks(corpus: Corpus, config: SplitConfig) -> Int32[np.ndarray, " cells"]:
     block = np.empty(corpus.n_cells, np.int32)
-    for number, (slide, rows) in enumerate(zip(corpus.slides, _slides(corpus))):
-        n_blocks = config.blocks**2
-        if slide.spatial:
-            index = np.arange(rows.start, rows.stop)
-            within = _grid(corpus.column("x", index), corpus.column("y", index), config.blocks)
-        else:
-            order = _random(config, slide.name, "groups").permutation(slide.n_cells)
-            within = order * n_blocks // slide.n_cells
-        block[rows] = within + number * n_blocks
+    for number, rows in enumerate(_slides(corpus)):
+        block[rows] = _cut_slide(corpus, config, number) + number * config.blocks**2
     return block
+
+
+def _cut_slide(corpus: Corpus, config: SplitConfig, number: int) -> Int64[np.ndarray, " of_slide"]:
+    """Block of each cell of a slide."""
+    slide = corpus.slides[number]
+    if slide.spatial:
+        index = np.arange(slide.start, slide.start + slide.n_cells)
+        return _grid(corpus.column("x", index), corpus.column("y", index), config.blocks)
+    order = _random(config, slide.name, "groups").permutation(slide.n_cells)
+    return order * config.blocks**2 // slide.n_cells
 
 
 def _grid(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], blocks: int) -> Int64[np.ndarray, " n"]:
@@ -204,17 +231,7 @@ def _grid(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], blocks: int) -
     return column * blocks + row
 
 
-def _held_out_blocks(
-    corpus: Corpus, config: SplitConfig, block: Int32[np.ndarray, " cells"]
-) -> Bool[np.ndarray, " cells"]:
-    dealt = np.arange(config.blocks**2) % config.n_folds
-    fold = np.concatenate(
-        [_random(config, slide.name, "folds").permutation(dealt) for slide in corpus.slides]
-    )
-    return fold[block] == config.fold
-
-
-def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " cells"]:
+def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " slides"]:
     names = [slide.name for slide in corpus.slides]
     for pattern in config.held_out:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -224,41 +241,38 @@ def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " 
     if held_out.all():
         mend = f"leave some to train on; the slides are {', '.join(names)}"
         raise InputError(corpus.path, f"split.held_out {', '.join(config.held_out)} matches all slides", mend)
-    return np.repeat(held_out, np.diff(corpus.slide_starts))
+    return held_out
 
 
 def _margin(
-    corpus: Corpus, config: SplitConfig, is_test: Bool[np.ndarray, " cells"]
-) -> Bool[np.ndarray, " cells"]:
-    beside_test = np.zeros(corpus.n_cells, bool)
-    # Only a slide with both kinds has a margin.
-    both = [rows for rows in _slides(corpus) if is_test[rows].any() and not is_test[rows].all()]
-    for _, near in _neighbours(corpus, config.margin, is_test, both):
+    corpus: Corpus, config: SplitConfig, start: int, is_test: Bool[np.ndarray, " of_slide"]
+) -> Bool[np.ndarray, " of_slide"]:
+    """Cells too near to the test cells of the slide that begins at cell `start`."""
+    beside_test = np.zeros(len(is_test), bool)
+    if is_test.all() or not is_test.any():
+        return beside_test
+    for _, near in _neighbours(corpus, config.margin, start, is_test):
         beside_test[near[near >= 0]] = True
     out_of_reach = is_test | beside_test if config.context == "separate" else is_test
     margin = beside_test & ~is_test
-    for cells, near in _neighbours(corpus, config.margin, ~is_test, both):
+    for cells, near in _neighbours(corpus, config.margin, start, ~is_test):
         margin[cells] |= (out_of_reach[near] & (near >= 0)).any(axis=1)
     return margin
 
 
 def _neighbours(
-    corpus: Corpus, k: int, among: Bool[np.ndarray, " cells"], slides: Sequence[slice]
+    corpus: Corpus, k: int, start: int, among: Bool[np.ndarray, " of_slide"]
 ) -> Iterator[tuple[Int64[np.ndarray, " chunk"], Int64[np.ndarray, "chunk k"]]]:
-    for rows in slides:
-        cells = rows.start + np.flatnonzero(among[rows])
-        for start in range(0, len(cells), CHUNK):
-            chunk = cells[start : start + CHUNK]
-            yield chunk, corpus.neighbours(chunk, k)
+    """Some of a slide's cells and their neighbours, numbered within the slide; -1 where there is none."""
+    cells = np.flatnonzero(among)
+    for first in range(0, len(cells), CHUNK):
+        chunk = cells[first : first + CHUNK]
+        near = corpus.neighbours(start + chunk, k)
+        yield chunk, np.where(near < 0, -1, near - start)
 
 
-def _count(
-    is_train: Bool[np.ndarray, " cells"],
-    is_test: Bool[np.ndarray, " cells"],
-    among: Bool[np.ndarray, " cells"],
-) -> dict[str, Any]:
-    train, test = int((is_train & among).sum()), int((is_test & among).sum())
-    outside = int(among.sum()) - test
+def _counts(train: int, test: int, cells: int) -> dict[str, Any]:
+    outside = cells - test
     kept = train / outside if outside else 0.0
     return {"train": train, "test": test, "margin": outside - train, "kept": kept}
 
@@ -267,7 +281,10 @@ def _count_classes(
     corpus: Corpus, name: str, is_train: Bool[np.ndarray, " cells"], is_test: Bool[np.ndarray, " cells"]
 ) -> dict[str, dict[str, Any]]:
     codes, classes = corpus.labels(name)
-    counts = {title: _count(is_train, is_test, codes == code) for code, title in enumerate(classes)}
-    if (codes < 0).any():
-        counts[UNLABELLED] = _count(is_train, is_test, codes < 0)
-    return counts
+    of_code = [
+        np.bincount(codes[among] + 1, minlength=len(classes) + 1).tolist()
+        for among in (is_train, is_test, slice(None))
+    ]
+    unlabelled, *counts = (_counts(*numbers) for numbers in zip(*of_code, strict=True))
+    named = dict(zip(classes, counts, strict=True))
+    return named | ({UNLABELLED: unlabelled} if (codes < 0).any() else {})

@@ -28,8 +28,10 @@ class Spool:
         Where the temporary files go.
     pieces
         Source rows of each piece (slide) in the order wanted.
-    cell_entries
-        Number of entries of every source row.
+    piece_entries
+        Number of entries of each of these rows.
+    n_cells
+        Rows of the source.
     n_genes
         Genes of the vocabulary.
     """
@@ -38,16 +40,17 @@ class Spool:
         self,
         folder: Path,
         pieces: list[Int[np.ndarray, " rows"]],
-        cell_entries: Int[np.ndarray, " n_cells"],
+        piece_entries: Int[np.ndarray, " all_rows"],
+        n_cells: int,
         n_genes: int,
     ) -> None:
         self._folder, self._n_genes = folder, n_genes
         rows = np.concatenate(pieces)
-        ends = np.cumsum(cell_entries[rows], dtype=np.int64)
+        ends = np.cumsum(piece_entries, dtype=np.int64)
         cuts = np.searchsorted(ends, np.arange(BAND_ENTRIES, ends[-1] + 1, BAND_ENTRIES), side="right")
         self._breaks = np.cumsum([0, *map(len, pieces)])
         self._edges = np.union1d(self._breaks, cuts)
-        self._destination = np.full(len(cell_entries), -1, np.int32)
+        self._destination = np.full(n_cells, -1, np.int32)
         self._destination[rows] = np.arange(len(rows))
 
     def fill(self, entries: Iterable[Entries], target: Int[np.ndarray, " n_source_genes"]) -> None:

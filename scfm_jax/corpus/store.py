@@ -86,7 +86,7 @@ class StoreOptions:
     @classmethod
     def suited_to(cls, place: Place, codec: Codec = "lz4") -> StoreOptions:
         """Larger files in a bucket than in a folder."""
-        return cls(codec, shard_factor=1 if place.is_local else 2)
+        return cls(codec, shard_factor=1 if place.is_local else 4)
 
 
 def entry_layout(n_genes: int) -> str:
@@ -162,39 +162,40 @@ class ArrayWriter:
     ) -> None:
         how = LAYOUTS[layout]
         self._row = () if width is None else (width,)
-        self._dtype = np.dtype(how.dtype)
-        self._shard = shard_rows(layout, options, width or 1)
-        self._waiting: list[np.ndarray] = []
-        self._n_waiting = self._n_written = 0
         self._layout, self._options = layout, options
+        # Memory is taken by the system only when it is touched.
+        self._rows = np.empty((shard_rows(layout, options, width or 1), *self._row), how.dtype)
+        self._n_waiting = self._n_written = 0
         self._place = Place(folder) / name
         self._array: ts.TensorStore | None = None
 
     def append(self, rows: np.ndarray) -> None:
         """Add rows at the end."""
-        self._waiting.append(np.asarray(rows, self._dtype).reshape(-1, *self._row))
-        self._n_waiting += len(rows)
-        if self._n_waiting >= self._shard:
-            self._write(self._n_waiting // self._shard * self._shard)
+        rows = np.asarray(rows).reshape(-1, *self._row)
+        while len(rows):
+            start = self._n_waiting
+            self._n_waiting = min(start + len(rows), len(self._rows))
+            self._rows[start : self._n_waiting] = rows[: self._n_waiting - start]
+            rows = rows[self._n_waiting - start :]
+            if self._n_waiting == len(self._rows):
+                self._write()
 
     def close(self) -> None:
         """Write what is left."""
         if self._array is None or self._n_waiting:
-            self._write(self._n_waiting)
+            self._write()
 
-    def _write(self, n: int) -> None:
+    def _write(self) -> None:
+        rows, self._n_waiting = self._rows[: self._n_waiting], 0
         if self._array is None:
             # What fits a shard is written at once, so that its length is known here.
-            spec = _spec(self._place, self._layout, (n, *self._row), self._options)
+            spec = _spec(self._place, self._layout, rows.shape, self._options)
             self._array = ts.open(spec, create=True).result()
-        if n == 0:
-            return
-        rows = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
-        self._waiting, self._n_waiting = [rows[n:].copy()], len(rows) - n
-        stop = self._n_written + n
-        self._array = self._array.resize(exclusive_max=[stop, *self._row], expand_only=True).result()
-        self._array[self._n_written : stop].write(rows[:n]).result()
-        self._n_written = stop
+        if len(rows):
+            stop = self._n_written + len(rows)
+            self._array = self._array.resize(exclusive_max=[stop, *self._row], expand_only=True).result()
+            self._array[self._n_written : stop].write(rows).result()
+            self._n_written = stop
 
 
 def write_array(folder: Path, name: str, layout: str, values: np.ndarray, options: StoreOptions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -56,7 +57,8 @@ def run_jobs(
     else:
         # TensorStore's threads do not survive a fork.
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=spawn) as pool:
+        n_workers = min(workers, len(jobs))
+        with ProcessPoolExecutor(n_workers, mp_context=spawn, initializer=_end_with_parent) as pool:
             number_of = {pool.submit(function, job): number for number, job in enumerate(jobs)}
             try:
                 for future in as_completed(number_of):
@@ -66,6 +68,18 @@ def run_jobs(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _end_with_parent() -> None:
+    """Have this process end when the one that it works for does, even by a kill: it would wait for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_on_dask(

@@ -12,8 +12,7 @@ from jaxtyping import Int64
 from scfm_jax.corpus import Cells, Corpus
 from scfm_jax.corpus.reader import Pool
 from scfm_jax.corpus.store import widened
-from scfm_jax.data.loader import block_numbers
-from scfm_jax.data.stream import ShardStreams
+from scfm_jax.data.stream import CellBlocks, ShardStreams
 from scfm_jax.errors import InputError
 
 _WITHOUT_END = 1 << 40
@@ -44,7 +43,7 @@ class CellBatches:
     corpus
         Open corpus.
     centres
-        Cells to draw, ascending.
+        Cells to draw: their numbers, ascending, or what holds them in a bit each.
     batch_size
         Cells of a batch.
     seed
@@ -65,7 +64,7 @@ class CellBatches:
     def __init__(
         self,
         corpus: Corpus,
-        centres: Int64[np.ndarray, " n"],
+        centres: Int64[np.ndarray, " n"] | CellBlocks,
         *,
         batch_size: int,
         seed: int = 0,
@@ -77,9 +76,8 @@ class CellBatches:
             raise InputError(corpus.path, "a batch, a pool or the number of pools is empty", "give 1 or more")
         self._corpus, self._batch_size, self._pools = corpus, batch_size, pools
         self._shard, n_shards = shard
-        self._streams = ShardStreams(
-            centres, block_numbers(corpus, centres), n_shards=n_shards, seed=seed, pool_blocks=pool_blocks
-        )
+        cells = centres if isinstance(centres, CellBlocks) else CellBlocks.of(corpus, centres)
+        self._streams = ShardStreams(cells, n_shards=n_shards, seed=seed, pool_blocks=pool_blocks)
 
     def batch(self, step: int) -> CellBatch:
         """The batch of `step`."""

@@ -27,6 +27,7 @@ from scfm_jax.data.ladder import fit_ladder
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.ranks import RankConfig, TokenMask
+from scfm_jax.data.stream import CellBlocks
 from scfm_jax.data.tokens import Ragged, SampleConfig
 from scfm_jax.errors import DataWarning, InputError, check_least
 
@@ -150,7 +151,7 @@ class Loader:
     corpus
         Open corpus.
     centres
-        Cells to train on, ascending.
+        Cells to train on: their numbers, ascending, or what holds them in a bit each.
     config
         How samples become batches.
     seed
@@ -174,7 +175,7 @@ class Loader:
     def __init__(
         self,
         corpus: Corpus,
-        centres: Int64[np.ndarray, " n"],
+        centres: Int64[np.ndarray, " n"] | CellBlocks,
         config: DataConfig,
         *,
         seed: int,
@@ -200,14 +201,13 @@ class Loader:
         self._pool = ThreadPoolExecutor(config.readers, thread_name_prefix="scfm-reader")
         _check_cache(corpus, config, own)
         self._reader: Reader = config.sample.reader(corpus)
-        blocks = block_numbers(corpus, centres)
+        cells = centres if isinstance(centres, CellBlocks) else CellBlocks.of(corpus, centres)
         weights = None
         if config.weights:
-            weights = slide_weights(corpus, config.weights)[corpus.slide_of(centres)]
+            weights = slide_weights(corpus, config.weights)[corpus.slide_of(cells.first)]
         self._streams, calibration = (
             MixedStreams(
-                centres,
-                blocks,
+                cells,
                 weights,
                 n_shards=config.virtual_shards,
                 seed=number,
@@ -355,10 +355,3 @@ def _coarse(length: int, multiple: int) -> int:
     """`length` rounded up to an eighth of its power of two, so that an evaluation compiles few shapes."""
     step = max(multiple, 1 << max(length.bit_length() - 3, 0))
     return -(-length // step) * step
-
-
-def block_numbers(corpus: Corpus, cells: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-    """The block of 64 that each cell is stored in, numbered over the corpus."""
-    blocks = -(-np.diff(corpus.slide_starts) // BLOCK)
-    slides = corpus.slide_of(cells)
-    return (np.cumsum(blocks) - blocks)[slides] + (cells - corpus.slide_starts[slides]) // BLOCK

@@ -9,14 +9,13 @@ hold the same number of cells of each weight, one at least, so where a position 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.reader import Slide
-from scfm_jax.data.stream import ShardStreams
+from scfm_jax.data.stream import CellBlocks, ShardStreams
 from scfm_jax.errors import InputError
 
 PERIOD = 16_384
@@ -81,12 +80,10 @@ class MixedStreams:
 
     Parameters
     ----------
-    centres, blocks
+    cells, n_shards, seed, pool_blocks
         As of `ShardStreams`.
     weights
-        Of each cell; 0 leaves it out. None: all alike.
-    n_shards, seed, pool_blocks
-        As of `ShardStreams`.
+        Of each block of `cells`; 0 leaves it out. None: all alike.
 
     Raises
     ------
@@ -96,25 +93,22 @@ class MixedStreams:
 
     def __init__(
         self,
-        centres: Int64[np.ndarray, " n"],
-        blocks: Int64[np.ndarray, " n"],
-        weights: Float64[np.ndarray, " n"] | None,
+        cells: CellBlocks,
+        weights: Float64[np.ndarray, " blocks"] | None,
         *,
         n_shards: int,
         seed: int,
         pool_blocks: int,
     ) -> None:
-        groups: list[Any]
         if weights is None:
-            kinds, groups = np.ones(1), [slice(None)]
+            kinds, groups = np.ones(1), [cells]
         else:
             kinds = np.unique(weights[weights > 0])
-            groups = [weights == weight for weight in kinds]
+            groups = [cells.only(weights == weight) for weight in kinds]
         if not len(kinds):
             raise InputError("data.weights", "leave no cell to train on", "raise one of them")
         self._streams = [
-            ShardStreams(centres[group], blocks[group], n_shards=n_shards, seed=seed, pool_blocks=pool_blocks)
-            for group in groups
+            ShardStreams(group, n_shards=n_shards, seed=seed, pool_blocks=pool_blocks) for group in groups
         ]
         mass = np.array([weight * sum(s.sizes) for weight, s in zip(kinds, self._streams, strict=True)])
         pattern = np.repeat(np.arange(len(kinds)), _share_out(mass, PERIOD))

@@ -14,7 +14,7 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.reader import Slide
 from scfm_jax.corpus.store import SCALED_TOTAL
 from scfm_jax.data.batch import Array, SentenceBatch
-from scfm_jax.data.masks import host_mask_bits, seed_words, under
+from scfm_jax.data.masks import mask_bits, seed_words, under
 from scfm_jax.data.rank_order import falling_bits, order_rows
 from scfm_jax.data.technology_means import means_of_slide, usable_means
 from scfm_jax.data.threads import equal_parts, in_parts
@@ -421,7 +421,7 @@ def _places(
     if mask is None:
         return np.zeros(len(cells), np.int64), np.zeros(0, np.int32)
     step = np.full(len(cells), draw, np.uint32)
-    bits = host_mask_bits(seed_words(seed), step, cells.astype(np.uint32), tokens)
+    bits = mask_bits(seed_words(seed), step, cells.astype(np.uint32), tokens)
     beyond = np.arange(tokens.shape[1], dtype=np.int32) >= ends[:, None].astype(np.int32)
     masked = under(bits, mask.rate) & maskable(tokens, beyond, context=mask.context)
     at = np.flatnonzero(masked)

@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int32, Int64, UInt32
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
-from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, seed_words
+from scfm_jax.data.masks import MaskRates, column_mask, mask_bits, seed_words
 from scfm_jax.data.threads import equal_parts, in_parts
 from scfm_jax.errors import InputError, check_least
 
@@ -251,9 +251,7 @@ class SampleReader:
             masked = np.zeros(table.shape, bool)
             if rates is not None:
                 step = np.full(len(part), draw, np.uint32)
-                bits = host_mask_bits(
-                    seed_words(seed), step, index[part], np.broadcast_to(listed, table.shape)
-                )
+                bits = mask_bits(seed_words(seed), step, index[part], listed[None])
                 masked = column_mask(bits, table, rates)
             row, cell = np.nonzero(present[part])
             member = where[part][row, cell]

@@ -96,7 +96,7 @@ def masked_expression(
         seed_words(seed),
         np.full(len(cells), EVALUATION_STEP, np.uint32),
         cells.astype(np.uint32),
-        np.broadcast_to(panel, counts.shape),
+        panel[None],
     )
     mask = column_mask(bits, counts, config.rates)
     medians = np.array([slide.median_total for slide in corpus.slides], np.float32)

@@ -176,7 +176,7 @@ def _configure(content: dict[str, Any], recipe: RunConfig, where: str) -> tuple[
     try:
         # As the release computes: float32, in batches that a laptop holds.
         model = replace(
-            model, **sizes, niche=False, norm_epsilon=1e-12, dtype="float32", attention="chunked", remat=False
+            model, **sizes, niche=False, norm_epsilon=1e-12, dtype="float32", attention="auto", remat="none"
         )
         sample = replace(
             sample,

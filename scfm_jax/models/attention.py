@@ -1,167 +1,183 @@
-"""Bidirectional attention over right-padded rows: one function, a list of implementations, no guessing."""
+"""Bidirectional attention: one function, a list of implementations that say what they can do, no guessing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int
 
-from scfm_jax.models.sharding import by_shard
+from scfm_jax.errors import InputError
+from scfm_jax.models.attention_fused import attend_cudnn, attend_splash
+from scfm_jax.models.attention_plain import attend_chunks, attend_pairs
+from scfm_jax.models.sharding import by_shard, platform
 
-AttentionName = Literal["plain", "chunked"]
+AttentionName = Literal["auto", "plain", "chunked", "cudnn", "splash"]
 
-# The scores of a chunk of queries (or of keys, backwards) of some heads should stay in a CPU's cache.
-_CHUNK, _HEADS = 256, 2
+
+@dataclass(frozen=True)
+class Asked:
+    """What an implementation is to do.
+
+    Attributes
+    ----------
+    platform
+        ``cpu``, ``gpu`` or ``tpu``.
+    dtype
+        Of queries, keys and values.
+    head_size
+        Features of a head.
+    packed
+        Whether rows hold several samples, told apart by segments, rather than one and padding.
+    """
+
+    platform: str
+    dtype: Any
+    head_size: int
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A way to compute attention.
+
+    Attributes
+    ----------
+    attend
+        (query, key, value, lengths, segments=None) to what is mixed, all ``batch length heads size``.
+    lacks
+        What is asked to the reason why it cannot be done, or None.
+    """
+
+    attend: Callable[..., Array]
+    lacks: Callable[[Asked], str | None]
+
+
+def choose(name: AttentionName, asked: Asked) -> AttentionName:
+    """The implementation that `name` stands for: itself, or the platform's where it is ``auto``.
+
+    Raises
+    ------
+    InputError
+        It does not exist, or cannot do what is asked.
+    """
+    if name == "auto":
+        name = _of_platform(asked)
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(["auto", *IMPLEMENTATIONS])
+        raise InputError("model.attention", f"is {name!r}", f"choose one of {known}")
+    if reason := IMPLEMENTATIONS[name].lacks(asked):
+        able = [other for other, way in IMPLEMENTATIONS.items() if not way.lacks(asked)]
+        raise InputError(
+            "model.attention", f"{name} {reason}", f"choose {' or '.join(able)}, or auto for the platform's"
+        )
+    return name
+
+
+def _of_platform(asked: Asked) -> AttentionName:
+    """The fastest that can do what is asked; `scfm train` says which it is."""
+    fused: dict[str, AttentionName] = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+    name = fused.get(asked.platform, "plain")
+    return "plain" if IMPLEMENTATIONS[name].lacks(asked) else name
 
 
 def attention(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b s h d"],
     value: Float[Array, "b s h d"],
-    lengths: Int[Array, " b"],
+    lengths: Int[Array, " b"] | None = None,
     *,
+    segments: Int[Array, "b s"] | None = None,
     implementation: AttentionName,
 ) -> Float[Array, "b q h d"]:
-    """Scaled dot-product attention in which every query sees the first `lengths` keys of its row.
+    """Scaled dot-product attention over right-padded or packed rows; the softmax is in float32.
 
     Parameters
     ----------
     query, key, value
-        Projections, any float dtype; the softmax is in float32.
+        Projections, any float dtype that the implementation takes.
     lengths
-        Real keys of each row; a row of length 0 gives zeros.
+        Real tokens of each row: every query sees the first `lengths` keys of its row. What comes out of a
+        query that is padding is undefined, and zero in a row of length 0.
+    segments
+        In place of lengths, the sample that each token of a packed row belongs to, counted from 1; 0 is
+        padding. A query sees the keys of its own sample.
     implementation
-        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, goes through rows, two heads and 256
-        queries at a time, and recomputes their scores in the backward pass: memory grows with the length and
-        not with its square, and the scores stay in the cache.
+        ``plain`` holds the scores of all pairs. ``chunked``, for CPUs, keeps those of 256 queries at a time:
+        memory grows with the length and not with its square. ``cudnn`` is the fused kernel of NVIDIA GPUs
+        (half precision, lengths), ``splash`` that of TPUs. ``auto`` is `choose`'s choice for the mesh's
+        platform, or JAX's default one.
 
     Raises
     ------
-    ValueError
-        An implementation that does not exist.
+    InputError
+        The implementation cannot do what is asked.
     """
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"attention {implementation!r} is not one of {sorted(_IMPLEMENTATIONS)}")
+    if (lengths is None) == (segments is None):
+        raise ValueError("give lengths or segments")
+    asked = Asked(platform(), query.dtype, query.shape[-1], packed=segments is not None)
+    attend = IMPLEMENTATIONS[choose(implementation, asked)].attend
     rows = ("batch", None, "heads", None)
+    if lengths is not None:
+        return by_shard(attend, (query, key, value, lengths), (rows, rows, rows, ("batch",)), out=rows)
+    assert segments is not None
     return by_shard(
-        partial(_attend, implementation),
-        (query, key, value, lengths),
-        (rows, rows, rows, ("batch",)),
+        lambda query, key, value, segments: attend(query, key, value, None, segments),
+        (query, key, value, segments),
+        (rows, rows, rows, ("batch", None)),
         out=rows,
     )
 
 
-def _attend(implementation: AttentionName, query: Array, key: Array, value: Array, lengths: Array) -> Array:
-    real = jnp.arange(key.shape[1]) < lengths[:, None]
-    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
-    return _IMPLEMENTATIONS[implementation](*by_head, real).swapaxes(1, 2)
+def _by_head(attend: Callable[..., Array], mask: Callable[..., Array]) -> Callable[..., Array]:
+    """An implementation over ``batch heads length size``."""
+
+    def attend_rows(
+        query: Array, key: Array, value: Array, lengths: Any, segments: Array | None = None
+    ) -> Array:
+        by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+        return attend(*by_head, mask(key, lengths, segments)).swapaxes(1, 2)
+
+    return attend_rows
 
 
-def _scores(
-    query: Float[Array, "*b q d"], key: Float[Array, "*b s d"], real: Array
-) -> Float[Array, "*b q s"]:
-    scores = jnp.einsum("...qd,...kd->...qk", query, key, preferred_element_type=jnp.float32)
-    return jnp.where(real, scores * query.shape[-1] ** -0.5, -jnp.inf)
+def _real(key: Array, lengths: Any, segments: Array | None) -> Array:
+    return jnp.arange(key.shape[1]) < lengths[:, None]
 
 
-def _mix(
-    scores: Float[Array, "*b q s"], value: Float[Array, "*b s d"]
-) -> tuple[Float[Array, "*b q d"], Float[Array, "*b q 1"]]:
-    """Softmax of the scores times the values, and the logarithm of its denominator."""
-    # A finite maximum keeps the softmax of a row without any key at zero rather than NaN.
-    peak = jnp.maximum(jax.lax.stop_gradient(scores.max(-1, keepdims=True)), jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - peak)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    mixed = jnp.einsum(
-        "...qk,...kd->...qd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    return (mixed / total).astype(value.dtype), peak + jnp.log(total)
+def _visible(key: Array, lengths: Any, segments: Array | None) -> Array:
+    if segments is None:
+        return _real(key, lengths, None)[:, None]
+    return (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
 
 
-def _plain(
-    query: Float[Array, "b h q d"], key: Float[Array, "b h s d"], value: Float[Array, "b h s d"], real: Array
-) -> Float[Array, "b h q d"]:
-    return _mix(_scores(query, key, real[:, None, None]), value)[0]
+def _half(dtype: DTypeLike) -> bool:
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
-def _chunked(
-    query: Float[Array, "b h q d"], key: Float[Array, "b h s d"], value: Float[Array, "b h s d"], real: Array
-) -> Float[Array, "b h q d"]:
-    rows, heads, length, size = query.shape
-    chunks = -(-length // _CHUNK)
-    padded = jnp.pad(query, ((0, 0), (0, 0), (0, -length % chunks), (0, 0)))
-    together = next(count for count in range(_HEADS, 0, -1) if heads % count == 0)
-    groups = (x.reshape(-1, together, *x.shape[2:]) for x in (padded, key, value))
-    of_group = jnp.repeat(real, heads // together, axis=0)
-    mixed = jax.lax.map(lambda group: _one_group(chunks, *group), (*groups, of_group))
-    return mixed.reshape(rows, heads, -1, size)[:, :, :length]
+def _chunked_lacks(asked: Asked) -> str | None:
+    return "goes by lengths, and the rows are packed" if asked.packed else None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _one_group(
-    chunks: int,
-    query: Float[Array, "h q d"],
-    key: Float[Array, "h s d"],
-    value: Float[Array, "h s d"],
-    real: Array,
-) -> Float[Array, "h q d"]:
-    return _one_group_forward(chunks, query, key, value, real)[0]
+def _cudnn_lacks(asked: Asked) -> str | None:
+    if asked.platform != "gpu":
+        return f"runs on NVIDIA GPUs, and this is a {asked.platform}"
+    if not _half(asked.dtype):
+        return f"computes in bfloat16 or float16, and model.dtype is {jnp.dtype(asked.dtype).name}"
+    if asked.head_size % 8 or asked.head_size > 128:
+        return f"takes heads of 8, 16, ... 128 features, and these have {asked.head_size}"
+    return "goes by lengths, and the rows are packed" if asked.packed else None
 
 
-def _one_group_forward(
-    chunks: int, query: Array, key: Array, value: Array, real: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    mixed, log_total = jax.lax.map(lambda part: _mix(_scores(part, key, real), value), _split(query, chunks))
-    mixed, log_total = _join(mixed), _join(log_total)
-    return mixed, (query, key, value, real, mixed, log_total)
+def _splash_lacks(asked: Asked) -> str | None:
+    return None if asked.platform == "tpu" else f"runs on TPUs, and this is a {asked.platform}"
 
 
-def _one_group_backward(
-    chunks: int, saved: tuple[Array, ...], upstream: Float[Array, "h q d"]
-) -> tuple[Array, Array, Array, None]:
-    """The weights come again from the saved denominators (Dao et al., FlashAttention, 2022), keys by chunks.
-
-    Keys come first in every matrix here: by chunks of queries a CPU took 3 to 12% longer.
-    """
-    query, key, value, real, mixed, log_total = saved
-    along = (upstream.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1)[:, None]
-    denominator, scale = log_total.swapaxes(1, 2), query.shape[-1] ** -0.5
-
-    def one_chunk(of_query: Array, part: tuple[Array, ...]) -> tuple[Array, tuple[Array, Array]]:
-        keys, values, real = part
-        scores = jnp.einsum("hkd,hqd->hkq", keys, query, preferred_element_type=jnp.float32)
-        weights = jnp.exp(jnp.where(real, scores * scale, -jnp.inf) - denominator)
-        of_weights = jnp.einsum("hkd,hqd->hkq", values, upstream, preferred_element_type=jnp.float32)
-        of_scores = (weights * (of_weights - along) * scale).astype(query.dtype)
-        of_value = jnp.einsum(
-            "hkq,hqd->hkd", weights.astype(value.dtype), upstream, preferred_element_type=jnp.float32
-        )
-        of_key = jnp.einsum("hkq,hqd->hkd", of_scores, query, preferred_element_type=jnp.float32)
-        of_query += jnp.einsum("hkq,hkd->hqd", of_scores, keys, preferred_element_type=jnp.float32)
-        return of_query, (of_key.astype(key.dtype), of_value.astype(value.dtype))
-
-    length = key.shape[1]
-    pieces = -(-length // _CHUNK)
-    missing = ((0, 0), (0, -length % pieces), (0, 0))
-    parts = tuple(_split(jnp.pad(x, missing), pieces) for x in (key, value, real[None, :, None]))
-    of_query, of_key_value = jax.lax.scan(one_chunk, jnp.zeros(query.shape, jnp.float32), parts)
-    of_key, of_value = (_join(x)[:, :length] for x in of_key_value)
-    return of_query.astype(query.dtype), of_key, of_value, None
-
-
-_one_group.defvjp(_one_group_forward, _one_group_backward)
-
-
-def _split(x: Float[Array, "h q d"], chunks: int) -> Float[Array, "n h c d"]:
-    return x.reshape(x.shape[0], chunks, -1, x.shape[-1]).swapaxes(0, 1)
-
-
-def _join(x: Float[Array, "n h c d"]) -> Float[Array, "h q d"]:
-    return x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[-1])
-
-
-_IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "chunked": _chunked}
+IMPLEMENTATIONS: dict[AttentionName, Implementation] = {
+    "plain": Implementation(_by_head(attend_pairs, _visible), lambda asked: None),
+    "chunked": Implementation(_by_head(attend_chunks, _real), _chunked_lacks),
+    "cudnn": Implementation(attend_cudnn, _cudnn_lacks),
+    "splash": Implementation(attend_splash, _splash_lacks),
+}

@@ -17,9 +17,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
-from scfm_jax.models.embeddings import GeneEmbedding, padded_size
+from scfm_jax.models.embeddings import GeneEmbedding, padded_size, rows_of
+from scfm_jax.models.linear import make_linear
 from scfm_jax.models.sharding import constrain
-from scfm_jax.models.transformer import make_linear
+from scfm_jax.models.stack import RematName, StackConfig, scan_layers, stacked
 from scfm_jax.reserved_tokens import PAD, RESERVED_TOKENS, SPARE_ROWS
 
 SEGMENTS = 2
@@ -43,8 +44,9 @@ class NicheformerConfig:
         Implementation, see `scfm_jax.models.attention`.
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
-    remat
-        Recompute layers in the backward pass.
+    remat, unroll
+        What the backward pass computes again, and how many layers are compiled as one, see
+        `scfm_jax.models.stack.StackConfig`.
     """
 
     layers: int = 12
@@ -54,9 +56,14 @@ class NicheformerConfig:
     positions: int = 1_500
     niche: bool = False
     norm_epsilon: float = 1e-12
-    attention: AttentionName = "chunked"
+    attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: RematName = "none"
+    unroll: int = 0
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
@@ -64,6 +71,7 @@ class NicheformerConfig:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "layers", "heads", "width", "hidden", "positions")
+        check_least(self, 0, "unroll")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads ({self.heads})")
 
@@ -106,13 +114,8 @@ class PostNormBlock(nnx.Module):
 
         # Projections see tokens in one axis, as in `transformer.Block`.
         y = x.reshape(-1, x.shape[-1])
-        mixed = attention(
-            heads(self.query(y)),
-            heads(self.key(y)),
-            heads(self.value(y)),
-            lengths,
-            implementation=implementation,
-        )
+        query, key, value = (heads(project(y)) for project in (self.query, self.key, self.value))
+        mixed = attention(query, key, value, lengths, implementation=implementation)
         y = self.attention_norm(y + self.output(mixed.reshape(y.shape)))
         y = self.feed_forward_norm(y + self.down(constrain(jax.nn.relu(self.up(y)), "batch", "mlp")))
         return y.reshape(x.shape)
@@ -130,7 +133,8 @@ class Nicheformer(nnx.Module):
     """
 
     def __init__(self, config: NicheformerConfig, n_genes: int, *, rngs: nnx.Rngs) -> None:
-        self.dtype, self.attention, self.remat = jnp.dtype(config.dtype), config.attention, config.remat
+        self.dtype, self.attention = jnp.dtype(config.dtype), config.attention
+        self.compute = StackConfig(self.dtype, config.remat, config.unroll)
         self.n_tokens = n_genes + RESERVED_TOKENS
         width = config.width
 
@@ -145,12 +149,7 @@ class Nicheformer(nnx.Module):
         if config.niche:
             self.segment_embedding = nnx.Param(normal(SEGMENTS), logical=(None, "embed"))
 
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> PostNormBlock:
-            return PostNormBlock(config, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stacked(config.layers, lambda rngs: PostNormBlock(config, rngs=rngs), rngs)
         classes = padded_size(self.n_tokens)
         self.head = make_linear(
             width,
@@ -193,26 +192,23 @@ class Nicheformer(nnx.Module):
         self, tokens: Int[Array, "b s"], positions: Int[Array, "b s"], segments: Int[Array, "b s"]
     ) -> Float[Array, "b s d"]:
         """Sentences as the first layer sees them."""
-        x = (
-            self.token_embedding(tokens, self.dtype)
-            + self.position_embedding[...].astype(self.dtype)[positions]
-        )
+        x = self.token_embedding(tokens, self.dtype)
+        x += rows_of(self.position_embedding, positions, self.dtype)
         if self.has_niche:
-            x += self.segment_embedding[...].astype(self.dtype)[segments]
+            x += rows_of(self.segment_embedding, segments, self.dtype)
         return x
 
     def layers(
         self, x: Float[Array, "b s d"], lengths: Int[Array, " b"], *, keep: bool = False
     ) -> tuple[Float[Array, "b s d"], Float[Array, "l b s d"] | None]:
         """The last layer's output, and with `keep` the output of every layer."""
-        graph, stacked = nnx.split(self.blocks)
-
-        def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            x = constrain(nnx.merge(graph, parameters)(x, lengths, self.attention), "batch", None, None)
-            return x, x if keep else None
-
-        x = constrain(x, "batch", None, None)
-        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, stacked)
+        return scan_layers(
+            self.blocks,
+            lambda block, x: block(x, lengths, self.attention),
+            x,
+            config=self.compute,
+            keep=keep,
+        )
 
     def logits(self, hidden: Float[Array, "*n d"]) -> Float[Array, "*n v"]:
         """Scores of every token, float32; rows that only pad the vocabulary in memory are minus infinity."""

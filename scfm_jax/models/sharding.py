@@ -51,6 +51,12 @@ def split_by(split: Split) -> Iterator[None]:
         _SPLIT.reset(token)
 
 
+def platform() -> str:
+    """What is traced for: the mesh's platform, or JAX's default one: ``cpu``, ``gpu`` or ``tpu``."""
+    split = _SPLIT.get()
+    return jax.default_backend() if split is None else split.mesh.devices.flat[0].platform
+
+
 def constrain(x: Array, *names: str | None) -> Array:
     """`x`, split as the logical `names` of its axes say.
 

@@ -14,9 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName
 from scfm_jax.models.embeddings import GeneEmbedding, ValueEmbedding, ValueInit, padded_size
-from scfm_jax.models.transformer import Transformer, TransformerConfig, make_linear
+from scfm_jax.models.linear import make_linear
+from scfm_jax.models.stack import RematName, StackConfig
+from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 # Each cell carries two tokens with its read depth, at the indices after the last gene; padding has the next.
 DEPTH_TOKENS, PAD_TOKENS = 2, 1
@@ -45,8 +48,9 @@ class TissueConfig:
         Implementation, see `scfm_jax.models.attention`.
     dtype
         What activations are computed in; parameters, softmax and loss are float32.
-    remat
-        Recompute layers in the backward pass.
+    remat, unroll
+        What the backward pass computes again, and how many layers are compiled as one, see
+        `scfm_jax.models.stack.StackConfig`.
     attend_padding
         Let the encoder see padding as the authors' code does: keys of logit 0, with values of their own. A
         sample then depends on the longest of its batch; for agreement with that code only.
@@ -60,9 +64,19 @@ class TissueConfig:
     init_std: float = 0.02
     value_init: ValueInit = "published"
     gene_bias: bool = False
-    attention: AttentionName = "chunked"
+    attention: AttentionName = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
+    remat: RematName = "none"
+    unroll: int = 0
+    attend_padding: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "bins")
+        check_least(self, 0, "unroll")
+
+    @property
+    def head_size(self) -> int:
+        return self.encoder.head_size
 
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
@@ -70,8 +84,6 @@ class TissueConfig:
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             named |= {f"{name}.{field}": getattr(stack, field) for field in ("heads", "norm", "norm_epsilon")}
         return named
-
-    attend_padding: bool = False
 
 
 class TissueModel(nnx.Module):
@@ -104,7 +116,8 @@ class TissueModel(nnx.Module):
             init_std=std,
             rngs=rngs,
         )
-        self.encoder = Transformer(wide, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        compute = StackConfig(dtype, config.remat, config.unroll)
+        self.encoder = Transformer(wide, init_std=std, compute=compute, rngs=rngs)
         self.decoder_embed = make_linear(
             wide.width,
             narrow.width,
@@ -114,7 +127,7 @@ class TissueModel(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.decoder = Transformer(narrow, init_std=std, dtype=dtype, remat=config.remat, rngs=rngs)
+        self.decoder = Transformer(narrow, init_std=std, compute=compute, rngs=rngs)
         # scFoundation's wiring: one more norm after the stack's own, always a LayerNorm.
         self.decoder_norm = nnx.LayerNorm(
             narrow.width,

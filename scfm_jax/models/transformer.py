@@ -12,8 +12,10 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from scfm_jax.errors import check_least
 from scfm_jax.models.attention import AttentionName, attention
+from scfm_jax.models.linear import make_linear
 from scfm_jax.models.rotary import rotary_tables, rotate
 from scfm_jax.models.sharding import constrain
+from scfm_jax.models.stack import StackConfig, scan_layers, stacked
 
 RotaryTables = tuple[Float[Array, "b s 1 d"], Float[Array, "b s 1 d"]]
 
@@ -66,29 +68,6 @@ def make_norm(config: TransformerConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> nn
         return nnx.RMSNorm(width, epsilon=epsilon, dtype=dtype, scale_metadata=names, rngs=rngs)
     return nnx.LayerNorm(
         width, epsilon=epsilon, dtype=dtype, scale_metadata=names, bias_metadata=names, rngs=rngs
-    )
-
-
-def make_linear(
-    inputs: int,
-    outputs: int,
-    names: tuple[str | None, str | None],
-    *,
-    use_bias: bool,
-    init_std: float,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> nnx.Linear:
-    """A Linear with normal weights, zero biases and the logical `names` of its two axes."""
-    return nnx.Linear(
-        inputs,
-        outputs,
-        use_bias=use_bias,
-        dtype=dtype,
-        kernel_init=nnx.initializers.normal(init_std),
-        kernel_metadata={"logical": names},
-        bias_metadata={"logical": names[1:]},
-        rngs=rngs,
     )
 
 
@@ -154,8 +133,8 @@ class Transformer(nnx.Module):
     ----------
     config
         Geometry.
-    remat
-        Recompute each layer in the backward pass rather than keep its inner activations.
+    compute
+        How the layers are computed.
     """
 
     def __init__(
@@ -163,17 +142,13 @@ class Transformer(nnx.Module):
         config: TransformerConfig,
         *,
         init_std: float,
-        dtype: DTypeLike,
-        remat: bool,
+        compute: StackConfig,
         rngs: nnx.Rngs,
     ) -> None:
-        @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, init_std=init_std, dtype=dtype, rngs=rngs)
-
-        self.head_size, self.remat = config.head_size, remat
-        self.blocks = stack(rngs)
+        self.head_size, self.compute, dtype = config.head_size, compute, compute.dtype
+        self.blocks = stacked(
+            config.layers, lambda rngs: Block(config, init_std=init_std, dtype=dtype, rngs=rngs), rngs
+        )
         self.norm = make_norm(config, dtype, rngs)
 
     def __call__(
@@ -206,12 +181,10 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b s d"], Float[Array, "l b s d"] | None]:
         """The last layer's output before the final norm, and with `keep` the output of every layer."""
         tables = rotary_tables(positions, self.head_size)
-        graph, layers = nnx.split(self.blocks)
-
-        def layer(x: Array, parameters: nnx.State) -> tuple[Array, Array | None]:
-            x = nnx.merge(graph, parameters)(x, tables, lengths, implementation, attend_padding)
-            x = constrain(x, "batch", None, None)
-            return x, x if keep else None
-
-        x = constrain(x, "batch", None, None)
-        return jax.lax.scan(jax.checkpoint(layer) if self.remat else layer, x, layers)
+        return scan_layers(
+            self.blocks,
+            lambda block, x: block(x, tables, lengths, implementation, attend_padding),
+            x,
+            config=self.compute,
+            keep=keep,
+        )

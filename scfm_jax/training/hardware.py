@@ -21,8 +21,8 @@ class Accelerator:
     ----------
     name
         As `scfm plan --topology` writes it.
-    kind
-        `jax.Device.device_kind`.
+    kinds
+        What `jax.Device.device_kind` calls it, as versions differ.
     peak_flops
         Dense bf16 operations a second.
     memory
@@ -43,7 +43,7 @@ class Accelerator:
     """
 
     name: str
-    kind: str
+    kinds: tuple[str, ...]
     peak_flops: float
     memory: int
     memory_bandwidth: float
@@ -60,23 +60,29 @@ class Accelerator:
 
 
 _TABLE = (
-    Accelerator("v4", "TPU v4", 275e12, 32 * _GIB, 1.200e12, axes=3, link=50e9, wraps=4),
-    Accelerator("v5e", "TPU v5 lite", 197e12, int(15.75 * _GIB), 0.819e12, axes=2, link=50e9, wraps=16),
-    Accelerator("v5p", "TPU v5", 459e12, int(95.74 * _GIB), 2.765e12, axes=3, link=100e9, wraps=4),
-    Accelerator("v6e", "TPU v6 lite", 918e12, int(31.25 * _GIB), 1.640e12, axes=2, link=100e9, wraps=16),
+    Accelerator("v4", ("TPU v4",), 275e12, 32 * _GIB, 1.200e12, axes=3, link=50e9, wraps=4),
     Accelerator(
-        "a100", "NVIDIA A100-SXM4-80GB", 312e12, 78 * _GIB, 2.039e12, link=300e9, network=25e9, per_host=8
+        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 0.819e12, axes=2, link=50e9, wraps=16
     ),
     Accelerator(
-        "h100", "NVIDIA H100 80GB HBM3", 989e12, 78 * _GIB, 3.35e12, link=450e9, network=50e9, per_host=8
+        "v5p", ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, axes=3, link=100e9, wraps=4
     ),
-    Accelerator("h200", "NVIDIA H200", 989e12, 139 * _GIB, 4.8e12, link=450e9, network=50e9, per_host=8),
-    Accelerator("b200", "NVIDIA B200", 2_250e12, 178 * _GIB, 8.0e12, link=900e9, network=50e9, per_host=8),
+    Accelerator(
+        "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, int(31.25 * _GIB), 1.640e12, axes=2, link=100e9, wraps=16
+    ),
+    Accelerator(
+        "a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 78 * _GIB, 2.039e12, link=300e9, network=25e9, per_host=8
+    ),
+    Accelerator(
+        "h100", ("NVIDIA H100 80GB HBM3",), 989e12, 78 * _GIB, 3.35e12, link=450e9, network=50e9, per_host=8
+    ),
+    Accelerator("h200", ("NVIDIA H200",), 989e12, 139 * _GIB, 4.8e12, link=450e9, network=50e9, per_host=8),
+    Accelerator("b200", ("NVIDIA B200",), 2_250e12, 178 * _GIB, 8.0e12, link=900e9, network=50e9, per_host=8),
 )
 
 # By the name in a topology.
 ACCELERATORS = {accelerator.name: accelerator for accelerator in _TABLE}
-_BY_KIND = {accelerator.kind: accelerator for accelerator in _TABLE}
+_BY_KIND = {kind: accelerator for accelerator in _TABLE for kind in accelerator.kinds}
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:

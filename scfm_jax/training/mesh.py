@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -13,6 +12,7 @@ from scfm_jax.errors import InputError
 from scfm_jax.models.sharding import Split
 from scfm_jax.training.config import MeshConfig, RunConfig
 
+MESH_AXES = ("data", "fsdp", "tensor")
 # Logical axis of a parameter -> mesh axis that splits it.
 PARAMETER_AXES: dict[str | None, str | None] = {
     "layers": None,
@@ -40,17 +40,28 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         The axes do not multiply to the number of devices.
     """
     devices = devices or jax.devices()
-    data = config.data or len(devices) // (config.fsdp * config.tensor)
-    shape = (data, config.fsdp, config.tensor)
-    if np.prod(shape) != len(devices):
-        raise InputError(
-            "mesh",
-            f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not {len(devices)} devices",
-            "set mesh.data to 0 and the others to divisors",
-        )
+    shape = mesh_shape(config, len(devices))
     # As jax.make_mesh does, but for axes of a torus that no size of ours equals, as 8 on 4 x 4 x 4.
     placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(placed, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Devices along `MESH_AXES`.
+
+    Raises
+    ------
+    InputError
+        The axes do not multiply to the number of devices.
+    """
+    data = config.data or devices // (config.fsdp * config.tensor)
+    if data * config.fsdp * config.tensor != devices:
+        raise InputError(
+            "mesh",
+            f"data x fsdp x tensor = {data} x {config.fsdp} x {config.tensor} is not {devices} devices",
+            "set mesh.data to 0 and the others to divisors",
+        )
+    return data, config.fsdp, config.tensor
 
 
 def parameter_shardings(mesh: Mesh, shapes: Any, names: Any) -> Any:

@@ -16,6 +16,7 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.data.loader import Loader, evaluation_batches
 from scfm_jax.data.mixture import slide_kinds
 from scfm_jax.data.ranks import RankReader
+from scfm_jax.data.stream import CellBlocks
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
@@ -60,7 +61,7 @@ class Task(Learning):
         Names of the kinds of slides.
     """
 
-    loader: Callable[[np.ndarray, tuple[int, int]], Loader]
+    loader: Callable[[np.ndarray | CellBlocks, tuple[int, int]], Loader]
     evaluation: Callable[[np.ndarray], Iterator[tuple[np.ndarray, Any]]]
     kinds: list[str]
 

@@ -14,7 +14,9 @@ from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
+from scfm_jax.data.stream import CellBlocks
 from scfm_jax.errors import InputError
+from scfm_jax.models.attention import Asked, choose
 from scfm_jax.models.functional import count_parameters
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.clock import Clock, Ledger, profiled, shares
@@ -68,8 +70,7 @@ def train(
     """
     began, clock = time.time(), Clock()
     corpus = Corpus.open(config.corpus, cache_bytes=config.data.cache_mib << 20)
-    split = split_cells(corpus, config.split)
-    train_cells, test_cells = select_cells(corpus, split, config)
+    train_cells, test_cells = select_cells(corpus, split_cells(corpus, config.split), config)
     task = make_task(config, corpus)
 
     mesh = make_mesh(config.mesh)
@@ -93,13 +94,14 @@ def train(
             state["parameters"] = given or initial_parameters(config, corpus, program.like["parameters"])
         device = jax.devices()[0]
         accelerator = accelerator_of(device.device_kind)
+        asked = Asked(device.platform, config.model.dtype, config.model.head_size)
         found = {
             "training_cells": len(train_cells),
             "held_out_cells": len(test_cells),
             "parameters": count_parameters(program.shapes),
             "devices": f"{mesh.size} {device.platform}",
             "hosts": jax.process_count(),
-            "attention": config.model.attention,
+            "attention": choose(config.model.attention, asked),
             "step": start,
             "steps": config.optimiser.steps,
         }
@@ -173,8 +175,8 @@ def train(
 
 def select_cells(
     corpus: Corpus, split: Split, config: RunConfig
-) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " m"]]:
-    """Cells to train on, and the held-out cells that evaluations look at, both ascending."""
+) -> tuple[CellBlocks, Int64[np.ndarray, " m"]]:
+    """Cells to train on, and the numbers of the held-out cells that evaluations look at, ascending."""
     chosen = np.array([config.takes(slide.technology) for slide in corpus.slides])
     if not chosen.any():
         there = sorted({slide.technology for slide in corpus.slides})
@@ -183,12 +185,15 @@ def select_cells(
             f"has no slide of technologies {', '.join(config.technologies)}",
             f"there are {', '.join(there)}",
         )
-    of_cell = np.repeat(chosen, np.diff(corpus.slide_starts))
-    train_cells, test_cells = (np.flatnonzero(cells & of_cell) for cells in (split.is_train, split.is_test))
+    train_cells, test_cells = (CellBlocks.of(corpus, cells) for cells in (split.is_train, split.is_test))
+    train_cells, test_cells = (
+        cells.only(chosen[corpus.slide_of(cells.first)]) for cells in (train_cells, test_cells)
+    )
     if config.evaluate_cells and len(test_cells) > config.evaluate_cells:
         random = np.random.default_rng(config.split.seed)
-        test_cells = np.sort(random.choice(test_cells, config.evaluate_cells, replace=False))
-    return train_cells, test_cells
+        places = random.choice(len(test_cells), config.evaluate_cells, replace=False)
+        return train_cells, test_cells.at(np.sort(places))
+    return train_cells, test_cells.numbers()
 
 
 def own_rows(batches: Iterable[tuple[Any, Any]], share: tuple[int, int]) -> Iterator[Any]:

@@ -339,7 +339,7 @@ def test_a_failed_write_leaves_nothing_unless_a_slide_is_finished(tissue, write,
     monkeypatch.setattr("scfm_jax.corpus.write.write_slide", full_after(1))
     with pytest.raises(OSError, match="disk full"):
         build_corpus(out, [source])
-    assert sorted(path.name for path in (out / "building").iterdir()) == ["finished", "started"]
+    assert sorted(path.name for path in (out / "building").iterdir()) == ["counted", "finished"]
     assert len(list((out / "building" / "finished").iterdir())) == 1
     with pytest.raises(InputError, match="run it again"):
         Corpus.open(out)

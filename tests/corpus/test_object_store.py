@@ -8,7 +8,7 @@ from s3_server import BUCKET, UnreliableProxy, s3_server
 from scfm_jax.cli import main
 from scfm_jax.corpus import Corpus, add_sources, build_corpus, merge_corpora, remove_slides, verify_corpus
 from scfm_jax.corpus.place import Place
-from scfm_jax.corpus.store import StoreOptions
+from scfm_jax.corpus.store import StoreOptions, shard_rows
 from scfm_jax.data.loader import DataConfig, Loader
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import SampleConfig
@@ -159,3 +159,8 @@ def test_a_bucket_of_google_is_specified_as_tensorstore_wants_it():
     assert Place("s3://bucket/.data/v1.").kvstore()["path"] == ".data/v1./"
     with pytest.raises(InputError, match=r"the prefix has \.\. in it"):
         Place("s3://bucket/../x")
+
+
+def test_shards_hold_four_times_as_much_in_a_bucket(tmp_path):
+    for place, entries in ((f"s3://{BUCKET}/a", 1 << 27), (tmp_path, 1 << 25)):
+        assert shard_rows("entries", StoreOptions.suited_to(Place(place)), width=1 << 10) == entries >> 10

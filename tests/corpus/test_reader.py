@@ -9,6 +9,9 @@ import pytest
 from scipy import sparse
 
 from scfm_jax.corpus import BLOCK, Corpus, build_corpus, corpus_info
+from scfm_jax.corpus.blocks import Recent
+from scfm_jax.corpus.place import Place
+from scfm_jax.corpus.store import SlideArrays
 from scfm_jax.errors import InputError
 
 
@@ -154,3 +157,63 @@ def test_labels_keep_their_values_in_whatever_order_they_are_named(tissue, write
         known = codes >= 0
         np.testing.assert_array_equal(np.array(classes)[codes[known]], expected[known])
         assert known.any()
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[str]:
+    """What is asked for and what is waited for, in order: "ask x", "wait x"."""
+    events: list[str] = []
+    ask, wait = SlideArrays.__getitem__, SlideArrays.result
+    ask_text, wait_text = Place._ask, Place._result
+    monkeypatch.setattr(SlideArrays, "__getitem__", lambda s, n: events.append(f"ask {n}") or ask(s, n))
+    monkeypatch.setattr(SlideArrays, "result", lambda s, n, r: events.append(f"wait {n}") or wait(s, n, r))
+    monkeypatch.setattr(
+        Place, "_ask", lambda s, n: events.append(f"ask {n.split('/')[-1]}") or ask_text(s, n)
+    )
+    monkeypatch.setattr(
+        Place, "_result", lambda s, f, n: events.append(f"wait {n.split('/')[-1]}") or wait_text(s, f, n)
+    )
+    return events
+
+
+@pytest.mark.parametrize(
+    ("ask", "reads"),
+    [
+        (lambda corpus, some: corpus.column("x"), {"x": 2}),
+        (lambda corpus, some: corpus.column("x", some), {"x": 2}),
+        (lambda corpus, some: corpus.column("total_raw"), {"total_raw": 4}),
+        (lambda corpus, some: corpus.column("source_row", some), {"source_row": 4}),
+        (lambda corpus, some: corpus.labels("type", some), {"slide.json": 4, "label_0": 2}),
+        (lambda corpus, some: corpus.neighbours(some, 3), {"neighbours": 2}),
+    ],
+)
+def test_slides_are_asked_together_and_only_for_what_is_wanted(built, asked, ask, reads):
+    corpus, some = Corpus.open(built[0]), np.random.default_rng(0).permutation(430)[:200]
+    expected = ask(Corpus.open(built[0]), some)
+    asked.clear()
+    found = ask(corpus, some)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert asked == [
+        f"{what} {name}" for name, n in reads.items() for what in ("ask", "wait") for _ in range(n)
+    ]
+
+
+def test_few_slides_are_asked_at_a_time(built, asked, monkeypatch):
+    expected = Corpus.open(built[0]).column("total_raw")
+    monkeypatch.setattr("scfm_jax.corpus.reader.SLIDES_AT_ONCE", 3)
+    corpus = Corpus.open(built[0])
+    asked.clear()
+    np.testing.assert_array_equal(corpus.column("total_raw"), expected)
+    assert [event.split()[0] for event in asked] == ["ask"] * 3 + ["wait"] * 3 + ["ask", "wait"]
+
+
+def test_the_values_used_last_are_kept():
+    kept: Recent[str] = Recent(100)
+    kept.put(1, "a", 40)
+    kept.put(2, "b", 40)
+    assert kept.find([1, 3]) == {1: "a"}
+    kept.put(3, "c", 40)  # 2 was used longest ago
+    assert kept.find([1, 2, 3]) == {1: "a", 3: "c"}
+    kept.put(3, "C", 60)
+    kept.put(4, "d", 500)  # one at least
+    assert kept.find([1, 3, 4]) == {4: "d"}

@@ -127,7 +127,7 @@ def test_a_build_that_fails_before_its_first_mark_can_be_run_again(sources, expe
 
 def test_a_slide_cut_short_by_a_crash_is_written_again(sources, expected, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, "3", str(tmp_path / "out"), *(s.path for s in sources)], check=False
+        [sys.executable, "-c", KILLED, "5", str(tmp_path / "out"), *(s.path for s in sources)], check=False
     )
     assert done.returncode == -9
     slide = next((tmp_path / "out" / "slides").glob("*/slide.json"))
@@ -161,7 +161,7 @@ build_corpus(sys.argv[2], sources)
 def test_a_build_killed_anywhere_goes_on(sources, expected, tmp_path):
     out, paths = tmp_path / "out", [source.path for source in sources]
     killed = 0
-    for writes in (1, 2, 3, 2, 2, 1, 99):
+    for writes in (1, 2, 4, 3, 2, 2, 1, 99):
         done = subprocess.run([sys.executable, "-c", KILLED, str(writes), str(out), *paths], check=False)
         if done.returncode == 0:
             break
@@ -169,6 +169,6 @@ def test_a_build_killed_anywhere_goes_on(sources, expected, tmp_path):
         killed += 1
         with pytest.raises(InputError, match=r"run it again|no corpus"):
             Corpus.open(out)
-    assert killed >= 4
+    assert killed >= 5
     assert Corpus.open(out).hash == expected and verify_corpus(out) == []
     assert not (out / "building").exists()

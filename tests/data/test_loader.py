@@ -9,7 +9,7 @@ import pytest
 
 from scfm_jax.corpus import BLOCK, Corpus
 from scfm_jax.data.batch import TissueBatch
-from scfm_jax.data.loader import DataConfig, Loader, block_numbers, evaluation_batches
+from scfm_jax.data.loader import DataConfig, Loader, evaluation_batches
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import SampleConfig, SampleReader
 from scfm_jax.errors import DataWarning, InputError
@@ -109,7 +109,7 @@ def test_no_cell_of_a_shard_falls_behind_the_others_of_its_shard(make, known, ce
     shards = [np.unique(drawn[:, shard], return_counts=True) for shard in range(CONFIG.virtual_shards)]
     assert np.array_equal(np.sort(np.concatenate([cells for cells, _ in shards])), centres)
     assert all(np.ptp(times) <= 1 for _, times in shards)
-    blocks = [set(block_numbers(known.corpus, cells)) for cells, _ in shards]
+    blocks = [set(known.corpus.block_of(cells)) for cells, _ in shards]
     assert sum(map(len, blocks)) == len(set().union(*blocks))
 
 
@@ -120,8 +120,8 @@ def test_blocks_are_those_of_the_corpus(known):
             truth += [number] * min(BLOCK, slide.n_cells - start)
             number += 1
     everything = np.arange(known.corpus.n_cells)
-    assert block_numbers(known.corpus, everything).tolist() == truth
-    assert block_numbers(known.corpus, everything[::7]).tolist() == truth[::7]
+    assert known.corpus.block_of(everything).tolist() == truth
+    assert known.corpus.block_of(everything[::7]).tolist() == truth[::7]
 
 
 def test_rows_are_the_samples_of_their_cells_whole(make, known):

@@ -1,7 +1,8 @@
-"""The mask's bits are jax's own Threefry, and it masks what its rates say, whatever else is in the batch."""
+"""The mask's bits are scikit-learn's hash under jax's Threefry, and mask what the rates say in any batch."""
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -10,8 +11,17 @@ import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
 from scipy import stats
+from sklearn.utils import murmurhash3_32
 
-from scfm_jax.data.masks import MaskRates, column_mask, host_mask_bits, mask_bits, seed_words, threefry2x32
+from scfm_jax.data.masks import (
+    MaskRates,
+    column_mask,
+    mask_bits,
+    murmur3,
+    seed_words,
+    threefry2x32,
+    token_bits,
+)
 
 RATES = MaskRates(nonzero=0.3, zero=0.03)
 STEP, CELL = np.uint32(7), np.arange(300, dtype=np.uint32) * 1_000_003
@@ -43,11 +53,26 @@ def test_threefry_is_jaxs_bit_for_bit():
     assert np.array_equal(np.stack(threefry2x32(tuple(key), tuple(counter)), axis=1), theirs)
 
 
-def test_bits_are_the_threefry_of_gene_under_the_threefry_of_step_and_cell():
-    sample = jax.vmap(lambda cell: threefry_2x32(seed_words(11), jnp.stack([jnp.uint32(STEP), cell])))(CELL)
-    counter = np.concatenate([GENE, np.zeros_like(GENE)]).astype(np.uint32)
-    theirs = jax.vmap(lambda key: threefry_2x32(key, counter))(sample)[:, : len(GENE)]
-    assert np.array_equal(bits(), theirs)
+def test_murmur3_is_that_of_scikit_learn():
+    words = np.random.default_rng(0).integers(-(2**31), 2**31, 4096).astype(np.int32)
+    for seed in (0, 1, 2**31, 2**32 - 1):
+        ours = murmur3(words[None], np.full((1, 1), seed, np.uint32))
+        assert np.array_equal(ours[0], murmurhash3_32(words, seed=seed, positive=True))
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_bits_are_the_hash_of_gene_under_the_threefry_of_step_and_cell(stream):
+    def key_of(cell):
+        sample = threefry_2x32(seed_words(11), jnp.stack([jnp.uint32(STEP), cell]))
+        return threefry_2x32(sample, jnp.array([stream, 0], jnp.uint32))
+
+    keys = np.asarray(jax.vmap(key_of)(CELL))
+    steps, genes = np.full(len(CELL), STEP, np.uint32), np.broadcast_to(GENE, (len(CELL), len(GENE)))
+    for word, ours in enumerate(token_bits(seed_words(11), steps, CELL, genes, stream=stream)):
+        theirs = [
+            murmurhash3_32(GENE.astype(np.int32), seed=int(key), positive=True) for key in keys[:, word]
+        ]
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12_345, 2**31, 2**32 - 1])
@@ -64,14 +89,6 @@ def test_numpy_and_jit_draw_the_same_mask():
     assert there.dtype == np.uint32 and np.array_equal(there, bits())
     masked = jax.jit(partial(column_mask, rates=RATES))(there, counts)
     assert np.array_equal(masked, column_mask(bits(), counts, RATES)) and masked.any()
-
-
-@pytest.mark.parametrize("seed", [0, 11, 2**32 - 1])
-def test_the_hosts_quick_bits_are_the_same(seed):
-    genes = np.random.default_rng(0).integers(0, 2**31, (len(CELL), 57))
-    steps = np.random.default_rng(1).integers(0, 2**32, len(CELL), dtype=np.uint32)
-    there = jax.jit(mask_bits)(seed_words(seed), steps, CELL, genes.astype(np.uint32))
-    assert np.array_equal(host_mask_bits(seed_words(seed), steps, CELL, genes), there)
 
 
 def test_a_gene_of_a_cell_has_its_bits_in_any_company():
@@ -98,6 +115,24 @@ def test_bits_are_uniform_over_cells_and_over_genes():
     for axis in (0, 1):  # the mean of n uniform numbers is normal with variance 1 / 12 n
         standard = (uniform.mean(axis) - 0.5) * np.sqrt(12 * uniform.shape[axis])
         assert stats.kstest(standard, "norm").pvalue > 1e-3
+
+
+def test_masks_of_any_two_genes_and_of_any_two_cells_are_uncorrelated():
+    cells, genes = np.arange(4_000, dtype=np.uint32), np.arange(4_000)
+    for masked in (bits(cells, genes[:120]), bits(cells[:120], genes).T):
+        correlation = np.corrcoef((masked < 0.3 * 2**32).T)[np.triu_indices(120, 1)]
+        assert stats.kstest(correlation * np.sqrt(len(masked)), "norm").pvalue > 1e-3
+
+
+def test_the_two_words_and_the_streams_are_independent():
+    steps, genes = np.full(len(CELL), STEP, np.uint32), np.broadcast_to(GENE, (len(CELL), len(GENE)))
+    words = [
+        word.ravel() / 2**32
+        for stream in (0, 1)
+        for word in token_bits(seed_words(3), steps, CELL, genes, stream=stream)
+    ]
+    for first, second in itertools.combinations(words, 2):
+        assert stats.pearsonr(first, second).pvalue > 1e-4
 
 
 def test_zeros_and_nonzeros_are_masked_at_their_own_rates_and_the_unmeasured_never():

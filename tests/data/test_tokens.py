@@ -1,4 +1,4 @@
-"""Samples against a plain statement of what a sample holds; the mask is drawn with jax's own Threefry."""
+"""Samples against a plain statement of them; masks by jax's Threefry and scikit-learn's hash."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.random import threefry_2x32
+from sklearn.utils import murmurhash3_32
 
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates
@@ -46,11 +47,11 @@ def masks(known, centres: np.ndarray, rates: MaskRates | None, draw: int = DRAW)
     if rates is None:
         return np.zeros(counts.shape, bool)
     n_genes = counts.shape[1]
-    counter = jnp.concatenate([jnp.arange(n_genes), jnp.zeros(n_genes, int)]).astype(jnp.uint32)
-    key = jax.random.key_data(jax.random.key(SEED))
+    key, genes = jax.random.key_data(jax.random.key(SEED)), np.arange(n_genes, dtype=np.int32)
     steps = np.stack([np.full(len(centres), draw), centres], axis=1).astype(np.uint32)
-    bits = jax.vmap(lambda step: threefry_2x32(threefry_2x32(key, step), counter))(steps)
-    uniform = np.asarray(bits)[:, :n_genes] / 2**32
+    keys = jax.vmap(lambda step: threefry_2x32(threefry_2x32(key, step), jnp.zeros(2, jnp.uint32)))(steps)
+    bits = [murmurhash3_32(genes, seed=int(word), positive=True) for word in np.asarray(keys)[:, 0]]
+    uniform = np.array(bits) / 2**32
     return np.where(counts > 0, uniform < rates.nonzero, uniform < rates.zero) & (counts >= 0)
 
 

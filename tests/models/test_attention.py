@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from plain_transformer import attend, softmax
 
+from scfm_jax.errors import InputError
 from scfm_jax.models.attention import attention
 
 IMPLEMENTATIONS = ("plain", "chunked")
@@ -84,7 +85,7 @@ def test_bfloat16_keeps_its_softmax_in_float32(implementation: str) -> None:
 
 def test_unknown_implementation_is_an_error() -> None:
     x = jnp.zeros((1, 2, 1, 4))
-    with pytest.raises(ValueError, match=r"'fast' is not one of \['chunked', 'plain'\]"):
+    with pytest.raises(InputError, match=r"model.attention: is 'fast'; choose one of auto, plain, chunked"):
         attention(x, x, x, jnp.asarray([2]), implementation="fast")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -31,13 +30,9 @@ TISSUE = TissueConfig(
     encoder=TransformerConfig(layers=3, heads=1, width=256),
     decoder=TransformerConfig(layers=2, heads=1, width=192, hidden=320),
     attention="plain",
+    unroll=3,
 )
-NICHEFORMER = NicheformerConfig(layers=3, heads=1, width=256, hidden=384, attention="plain")
-
-
-@pytest.fixture(autouse=True)
-def unrolled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax.lax, "scan", partial(jax.lax.scan, unroll=True))
+NICHEFORMER = NicheformerConfig(layers=3, heads=1, width=256, hidden=384, attention="plain", unroll=3)
 
 
 def ints(*shape: int) -> jax.ShapeDtypeStruct:

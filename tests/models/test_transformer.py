@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -12,14 +13,17 @@ from flax import nnx
 from plain_transformer import transform
 
 from scfm_jax.models.functional import initialise
+from scfm_jax.models.stack import RematName, StackConfig
 from scfm_jax.models.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(layers=3, heads=2, width=16)
 LENGTHS = np.array([6, 3])
 
 
-def build(config: TransformerConfig = CONFIG, *, remat: bool = False) -> Callable[[nnx.Rngs], Transformer]:
-    return lambda rngs: Transformer(config, init_std=0.02, dtype=jnp.float32, remat=remat, rngs=rngs)
+def build(
+    config: TransformerConfig = CONFIG, *, remat: RematName = "none"
+) -> Callable[[nnx.Rngs], Transformer]:
+    return lambda rngs: Transformer(config, init_std=0.02, compute=StackConfig(jnp.float32, remat), rngs=rngs)
 
 
 def inputs() -> tuple[np.ndarray, np.ndarray]:
@@ -62,13 +66,16 @@ def test_layers_differ_after_init() -> None:
 def test_recomputed_layers_give_the_same_gradients(randomised: Callable[..., Any]) -> None:
     x, positions = inputs()
     gradients = []
-    for remat in (False, True):
+    for remat in typing.get_args(RematName):
         graph, parameters = randomised(build(remat=remat), std=0.3)
         squares = lambda p, graph=graph: (run(graph, p, x, positions) ** 2).sum()  # noqa: E731
         text = str(jax.make_jaxpr(jax.grad(squares))(parameters))
-        assert ("remat" in text or "checkpoint" in text) == remat
+        assert ("remat" in text or "checkpoint" in text) == (remat != "none")
         gradients.append(jax.jit(jax.grad(squares))(parameters))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *gradients)
+    for recomputed in gradients[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients[0], recomputed
+        )
 
 
 def test_padding_changes_no_real_output(randomised: Callable[..., Any]) -> None:

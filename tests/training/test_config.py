@@ -55,7 +55,7 @@ def at(config: RunConfig, path: str) -> Any:
         (["--objective.target_sum", "500"], "objective.target_sum", 500.0),
         (["--objective.depth_floor", "null"], "objective.depth_floor", None),
         (["--model.encoder.hidden", "24"], "model.encoder.hidden", 24),
-        (["--model.remat", "true"], "model.remat", True),
+        (["--model.remat", "full"], "model.remat", "full"),
         (["--seed", "1", "--seed", "2"], "seed", 2),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_flag_changes_its_field_and_no_other(flags: list[str], path: str, valu
         (["--seed", "4294967296"], r"seed: 4294967296 is not a 32-bit number"),
         (["--seed", "true"], r"'seed' cannot be True; give int"),
         (["--optimiser.peak_rate", "true"], r"'optimiser.peak_rate' cannot be True; give float"),
-        (["--model.remat", "1"], r"'model.remat' cannot be 1; give bool"),
+        (["--model.remat", "1"], r"'model.remat' cannot be 1; give 'none' or 'dots' or 'full'"),
         (["--objective.loss", "msee"], r"'objective.loss' cannot be 'msee'; give 'mse' or 'poisson' or 'nb'"),
         (
             ["--objective.target_sum", "mean"],
