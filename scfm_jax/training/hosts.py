@@ -181,7 +181,13 @@ def greatest_of_hosts() -> Exchange | None:
         greatest = lengths
         for other in range(jax.process_count()):
             if other != host:
-                text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
+                try:
+                    text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
+                except jax.errors.JaxRuntimeError as error:
+                    raise RuntimeError(
+                        f"host {other} has not said how long its rows of window {name} are, asked for "
+                        f"{_PATIENCE} seconds"
+                    ) from error
                 theirs = np.frombuffer(base64.b64decode(text), "<i8").reshape(lengths.shape)
                 greatest = np.maximum(greatest, theirs)
         # A host that has said this window's lengths has heard those of the window before.

@@ -109,7 +109,7 @@ class Watch:
         elif isinstance(error, KeyboardInterrupt):
             told, status = "interrupted", 130
         else:
-            told, status = type(error).__name__, 1
+            told, status = " ".join(f"{type(error).__name__}: {error}".split())[:200], 1
             # Most likely another host has died in a collective. If so, the verdict ends this process first.
             self._doubt()
             time.sleep(_DOUBTED + 3 * _BEAT)
