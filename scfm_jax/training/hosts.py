@@ -1,10 +1,7 @@
 """Several hosts as one run: how they join, share the batch, agree, and end together.
 
 Beside the step they speak through JAX's coordination service, which host 0 keeps: plain messages and no
-computation on the devices, so any thread may use them at any time. Every host beats there; host 0 listens. A
-host that falls silent, or that fails and says so, is a verdict for all, and a thread of each host that waits
-for nothing else ends its process with one line. This works where the devices wait for ever, as they do in a
-collective that a dead host never joins.
+computation on the devices, so any thread may use them at any time.
 """
 
 from __future__ import annotations
@@ -13,13 +10,10 @@ import base64
 import itertools
 import os
 import signal
-import sys
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -31,11 +25,9 @@ from jaxtyping import Int64
 from scfm_jax.data.loader import Exchange
 from scfm_jax.errors import InputError
 from scfm_jax.training.mesh import batch_sharding
+from scfm_jax.training.watch import Watch
 
-_BEAT = 2.0  # seconds between signs of life
-_SILENCE = 30.0  # seconds without one after which a host is dead
-_DOUBTED = 5 * _BEAT  # the same where a host has failed already: the run is lost, and only why is open
-_JAX_SILENCE = 60  # seconds after which JAX aborts, should these threads have failed
+_JAX_SILENCE = 45  # seconds after which JAX aborts, should the watch have failed
 _PATIENCE = 600  # seconds that hosts wait for each other's messages
 _AGREE = 2.0  # seconds, about, between two agreements to go on
 _NUMBERS = itertools.count()
@@ -83,7 +75,7 @@ def joined(distributed_by: str | None) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    watch = _Watch()
+    watch = Watch(distributed.global_state.client)
     try:
         yield
         watch.end()
@@ -132,112 +124,6 @@ def _parsed(text: str) -> tuple[str, int, int]:
     )
 
 
-class _Watch:
-    """This host's signs of life, and its ear for the verdict that ends all hosts."""
-
-    def __init__(self) -> None:
-        self._client: Any = distributed.global_state.client
-        self._host, self._hosts = jax.process_index(), jax.process_count()
-        self._over = threading.Event()
-        self._beat(0)
-        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._live, self._listen)]
-        for thread in self._threads:
-            thread.start()
-
-    def _name(self, host: int) -> str:
-        return f"host {host} of {self._hosts}"
-
-    def _beat(self, number: int) -> None:
-        self._client.key_value_set(f"scfm_jax/beats/{self._host}", str(number), allow_overwrite=True)
-
-    def _live(self) -> None:
-        """Beat, and on host 0 listen for the beats of all."""
-        heard: dict[str, tuple[str, float]] = {}
-        for number in itertools.count(1):
-            if self._over.wait(_BEAT):
-                return
-            try:
-                self._beat(number)
-                if self._host:
-                    continue
-                now = time.monotonic()
-                for key, beat in self._client.key_value_dir_get("scfm_jax/beats/"):
-                    if heard.get(key, ("", 0.0))[0] != beat:
-                        heard[key] = (beat, now)
-                silence = _DOUBTED if self._client.key_value_dir_get("scfm_jax/doubts/") else _SILENCE
-            except jax.errors.JaxRuntimeError:
-                return  # the other thread says why
-            quiet = {int(key.rpartition("/")[2]): now - since for key, (_, since) in heard.items()}
-            dead = sorted(host for host, seconds in quiet.items() if host and seconds > silence)
-            if dead:
-                names = ", ".join(map(self._name, dead))
-                self._say(f"{names} gave no sign of life for {quiet[dead[0]]:.0f} seconds")
-                return
-
-    def _listen(self) -> None:
-        """Wait for the verdict; an empty one says that all is well and over."""
-        verdict = None
-        while verdict is None:
-            try:
-                verdict = self._client.blocking_key_value_get("scfm_jax/verdict", _PATIENCE * 1000)
-            except jax.errors.JaxRuntimeError as error:
-                if not str(error).startswith("DEADLINE_EXCEEDED"):
-                    verdict = f"{self._name(0)}, which keeps the others together, is gone"
-        if not verdict or self._over.is_set():
-            return
-        _print(f"scfm: {verdict}; all hosts stop: the same command with --resume goes on")
-        self._leave(1)
-
-    def _say(self, verdict: str) -> None:
-        """Pass a verdict, unless there is one."""
-        # It cannot where another was first, or nobody is there to hear it.
-        with suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set("scfm_jax/verdict", verdict)
-
-    def _leave(self, status: int) -> None:
-        """End this process at once, whatever its other threads wait for; host 0, which all hear, last."""
-        if self._host == 0:
-            time.sleep(_BEAT)
-        sys.stdout.flush()
-        os._exit(status)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the others what went wrong here, and end this process."""
-        if isinstance(error, InputError):
-            told, status = str(error), 2
-        elif isinstance(error, KeyboardInterrupt):
-            told, status = "interrupted", 130
-        else:
-            told, status = type(error).__name__, 1
-            # Most likely another host has died in a collective. If so, the verdict ends this process first.
-            self._doubt()
-            time.sleep(_DOUBTED + 3 * _BEAT)
-            traceback.print_exception(error)
-        self._over.set()
-        if status != 1:
-            _print(f"scfm: {told}")
-        self._say(f"{self._name(self._host)} failed ({told})")
-        self._leave(status)
-
-    def _doubt(self) -> None:
-        """Let host 0 know that the run is lost, so that it looks sooner for who has died."""
-        with suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"scfm_jax/doubts/{self._host}", "")
-
-    def end(self) -> None:
-        """Wait for all hosts to come here, then be silent without being missed."""
-        self._client.wait_at_barrier("scfm_jax/end", _PATIENCE * 1000)
-        self._over.set()
-        if self._host == 0:
-            self._say("")
-        for thread in self._threads:
-            thread.join()
-
-
-def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def meet(name: str) -> None:
     """Wait until all hosts have come here."""
     if jax.process_count() > 1:
@@ -246,34 +132,35 @@ def meet(name: str) -> None:
 
 
 def share_of_batch(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """Which of how many equal runs of a batch's rows this host's devices hold.
+    """Which of how many equal parts of a batch this host's devices hold.
 
-    Hosts that share their rows, as those that a tensor axis spans, hold the same.
+    Hosts that share their rows, as those that a tensor axis spans, hold the same part. A part need not be a
+    run of rows: where the devices of a host lie apart in the mesh, the global batch has the loader's rows in
+    another order, which no sum sees.
 
     Raises
     ------
     InputError
-        The rows of this host's devices are no such run.
+        The rows of some hosts' devices overlap without being the same.
     """
+    rows: dict[int, set[int]] = {}
     places: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((batch_size,)))
-    rows = {
-        place[0].indices(batch_size)[:2]
-        for device, place in places.items()
-        if device.process_index == jax.process_index()
-    }
-    first, last = min(start for start, _ in rows), max(stop for _, stop in rows)
-    size = sum(stop - start for start, stop in rows)
-    if size != last - first or first % size or batch_size % size:
+    for device, place in places.items():
+        start, stop, _ = place[0].indices(batch_size)
+        rows.setdefault(device.process_index, set()).update(range(start, stop))
+    return equal_share(rows, jax.process_index())
+
+
+def equal_share(rows: dict[int, set[int]], host: int) -> tuple[int, int]:
+    """The same, of the rows that each host's devices hold."""
+    parts = sorted({tuple(sorted(of_host)) for of_host in rows.values()})
+    if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) < sum(map(len, parts)):
         raise InputError(
             "mesh",
-            f"rows {first} to {last} of a batch of {batch_size} are no whole share for {_here()}",
-            "choose data and fsdp so that each host's devices hold neighbouring rows",
+            "hosts hold parts of a batch that overlap or differ in size",
+            "choose data x fsdp a multiple of the hosts, or let tensor span whole hosts",
         )
-    return first // size, batch_size // size
-
-
-def _here() -> str:
-    return f"host {jax.process_index()} of {jax.process_count()}"
+    return parts.index(tuple(sorted(rows[host]))), len(parts)
 
 
 def greatest_of_hosts() -> Exchange | None:
@@ -294,7 +181,13 @@ def greatest_of_hosts() -> Exchange | None:
         greatest = lengths
         for other in range(jax.process_count()):
             if other != host:
-                text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
+                try:
+                    text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
+                except jax.errors.JaxRuntimeError as error:
+                    raise RuntimeError(
+                        f"host {other} has not said how long its rows of window {name} are, asked for "
+                        f"{_PATIENCE} seconds"
+                    ) from error
                 theirs = np.frombuffer(base64.b64decode(text), "<i8").reshape(lengths.shape)
                 greatest = np.maximum(greatest, theirs)
         # A host that has said this window's lengths has heard those of the window before.

@@ -55,7 +55,7 @@ def train(
         Go on from the newest checkpoint, with the same batches and, on a CPU, bit for bit the same losses as
         a run that never stopped; on any mesh and any number of hosts that divides the virtual shards.
     profile
-        First and last step to trace, into ``profile/``.
+        First and last step to trace, on one host, into ``profile/``.
     report
         Called with every row of metrics, and first with what was found: cells, parameters, devices.
 
@@ -142,8 +142,8 @@ def train(
 
             step, compiled = start, set()
             batches = clock.waits(on_devices(loader.iterate(start, config.optimiser.steps), mesh))
-            steps = enumerate(batches, start + 1)
-            for step, (batch, placed) in profiled(steps, profile, folder / "profile", clock.settle):
+            steps, traced = enumerate(batches, start + 1), profile if is_primary() else None
+            for step, (batch, placed) in profiled(steps, traced, folder / "profile", clock.settle):
                 lengths = batch.static_lengths
                 state, sums = clock.launch(program.step, state, placed, compiles=lengths not in compiled)
                 compiled.add(lengths)

@@ -9,7 +9,7 @@ import pytest
 
 from scfm_jax.errors import InputError
 from scfm_jax.training.config import MeshConfig
-from scfm_jax.training.hosts import joined, share_of_batch
+from scfm_jax.training.hosts import equal_share, joined, share_of_batch
 from scfm_jax.training.mesh import make_mesh
 
 # As SLURM's and GKE's manuals say.
@@ -78,6 +78,21 @@ def test_nothing_to_join_is_one_line(asked: list[tuple[Any, ...]], monkeypatch: 
     ):
         pytest.fail("joined")
     assert "\n" not in str(error.value)
+
+
+def test_hosts_share_a_batch_as_their_devices_do() -> None:
+    runs = {0: {0, 1}, 1: {2, 3}, 2: {4, 5}, 3: {6, 7}}
+    assert [equal_share(runs, host) for host in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    # As where a torus is cut otherwise than into hosts.
+    woven = {0: {0, 4}, 1: {1, 5}, 2: {2, 6}, 3: {3, 7}}
+    assert [equal_share(woven, host) for host in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    # A tensor axis over two hosts; over all.
+    pairs = {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}, 2: {4, 5, 6, 7}, 3: {4, 5, 6, 7}}
+    assert [equal_share(pairs, host) for host in range(4)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert [equal_share({0: {0, 1}, 1: {0, 1}}, host) for host in range(2)] == [(0, 1), (0, 1)]
+    for bad in ({0: {0, 1}, 1: {1, 2}}, {0: {0, 1, 2}, 1: {3}}):
+        with pytest.raises(InputError, match="mesh: hosts hold parts of a batch that overlap"):
+            equal_share(bad, 0)
 
 
 def test_a_host_alone_has_all_rows() -> None:

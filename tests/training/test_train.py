@@ -184,6 +184,12 @@ def test_rows_after_the_restored_step_are_cut(finished: Path, config: RunConfig,
     assert train(config, folder, resume=True, report=started.append) == 6
     assert started[0]["step"] == 5
     assert rows_of(folder) == rows_of(finished)
+    # The sixth step's time counts as lost, the time since then as down.
+    before, after = (json.loads((run / "goodput.json").read_text()) for run in (finished, folder))
+    (sixth,) = (row for row in read_metrics(finished / "metrics.jsonl") if row["step"] == 6 and "loss" in row)
+    assert after["seconds"]["lost"] == pytest.approx(sum(sixth["seconds"].values()))
+    assert after["seconds"]["down"] > 0 and after["starts"] == 2 and after["started"] == before["started"]
+    assert sum(after["seconds"].values()) == pytest.approx(after["seen"] - after["started"])
     assert_same_bits(restore(folder, config), restore(finished, config))
 
 
