@@ -174,13 +174,9 @@ class ProgramText:
             for place, name in enumerate(operands)
             if _in_memory(name)
         )
-        arrays = [match.group() for match in _ARRAY.finditer(instruction.result)]
-        written = sum(
-            size
-            for array, size in zip(arrays, self._written(inside, len(arrays)), strict=True)
-            if _in_memory(array)
-        )
-        return read + written
+        arrays = _arrays(instruction.result)
+        written = zip(arrays, self._written(inside), strict=True)
+        return read + sum(size for array, size in written if _in_memory(array))
 
     def _types(self, computation: str) -> dict[str, str]:
         return {instruction.name: instruction.result for instruction in self._computations[computation]}
@@ -213,21 +209,22 @@ class ProgramText:
                 return _bytes(result)
         return min(read, _bytes(result))
 
-    def _written(self, computation: str, arrays: int) -> list[float]:
+    def _written(self, computation: str) -> list[float]:
         """Bytes of each array that a fusion writes: all, or what it puts into one that is there."""
         by_name = {instruction.name: instruction for instruction in self._computations[computation]}
         root = next(instruction for instruction in by_name.values() if instruction.is_root)
-        if arrays == 1 and root.opcode != "tuple":
-            return [self._written_by(root, by_name)]
-        return [self._written_by(by_name[name], by_name) for name in root.operands]
+        if root.opcode == "tuple":
+            return [self._written_by(by_name[name], by_name) for name in root.operands]
+        arrays = _arrays(root.result)
+        return [self._written_by(root, by_name)] if len(arrays) == 1 else [_bytes(array) for array in arrays]
 
     def _written_by(self, instruction: _Instruction, by_name: dict[str, _Instruction]) -> float:
         if instruction.opcode == "dynamic-update-slice":
             return _bytes(by_name[instruction.operands[1]].result)
         if instruction.opcode == "bitcast":
             return self._written_by(by_name[instruction.operands[0]], by_name)
-        if instruction.opcode == "fusion" and instruction.result.lstrip()[0] != "(":
-            return self._written(instruction.called[0], 1)[0]
+        if instruction.opcode == "fusion":
+            return sum(self._written(instruction.called[0]))
         return _bytes(instruction.result)
 
 
@@ -241,7 +238,7 @@ def _kind(computation: str, instruction: _Instruction) -> str | None:
 
 def _collected(kind: str, instruction: _Instruction) -> float:
     """Bytes of the joined array."""
-    arrays = [_bytes(match.group()) for match in _ARRAY.finditer(instruction.result)]
+    arrays = list(map(_bytes, _arrays(instruction.result)))
     if instruction.opcode.endswith("-start") and kind == "all-gather":  # (operands, results)
         return sum(arrays[len(arrays) // 2 :])
     if instruction.opcode == "reduce-scatter":
@@ -249,6 +246,11 @@ def _collected(kind: str, instruction: _Instruction) -> float:
     if instruction.opcode == "collective-permute-start":  # (operand, result, contexts)
         return arrays[0]
     return sum(arrays)
+
+
+def _arrays(text: str) -> list[str]:
+    """The types of a tuple's arrays, or of one."""
+    return [match.group() for match in _ARRAY.finditer(text)]
 
 
 def _bytes(text: str) -> float:
