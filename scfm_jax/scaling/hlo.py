@@ -157,8 +157,7 @@ class ProgramText:
         return counts.pop()
 
     def _moved(self, computation: str, instruction: _Instruction) -> float:
-        shapes = {other.name: other.result for other in self._computations[computation]}
-        operands = [shapes.get(name, "") for name in instruction.operands]
+        operands = [self._types(computation).get(name, "") for name in instruction.operands]
         if instruction.opcode in ("dynamic-slice", "gather"):
             return 2 * _in_memory(instruction.result)
         if instruction.opcode in ("dynamic-update-slice", "scatter"):
@@ -169,39 +168,64 @@ class ProgramText:
             return 0.0
         if instruction.opcode != "fusion":
             return _in_memory(instruction.result) + sum(map(_in_memory, operands))
-        return self._moved_by_fusion(instruction, operands)
+        (inside,) = instruction.called
+        read = sum(
+            self._read(inside, name, of_parameter=place)
+            for place, name in enumerate(operands)
+            if _in_memory(name)
+        )
+        arrays = _arrays(instruction.result)
+        written = zip(arrays, self._written(inside), strict=True)
+        return read + sum(size for array, size in written if _in_memory(array))
 
-    def _moved_by_fusion(self, fusion: _Instruction, operands: list[str]) -> float:
-        """A fusion that takes a slice of an operand reads the slice; one that writes into one writes that."""
-        inside = self._computations[fusion.called[0]]
-        results = {instruction.name: instruction.result for instruction in inside}
-        users: dict[str, list[_Instruction]] = {}
-        for instruction in inside:
-            for name in instruction.operands:
-                users.setdefault(name, []).append(instruction)
-        moved, written_into = 0.0, 0.0
-        for parameter in inside:
-            if parameter.opcode != "parameter":
+    def _types(self, computation: str) -> dict[str, str]:
+        return {instruction.name: instruction.result for instruction in self._computations[computation]}
+
+    def _read(self, computation: str, result: str, *, name: str = "", of_parameter: int = -1) -> float:
+        """Bytes that a fusion reads of a value in it, of type `result`: slices of it, or all."""
+        if not name:
+            name = next(
+                instruction.name
+                for instruction in self._computations[computation]
+                if instruction.opcode == "parameter" and int(instruction.rest.split(")")[0]) == of_parameter
+            )
+        read = 0.0
+        for use in self._computations[computation]:
+            if name not in (operands := use.operands):
                 continue
-            whole = operands[int(parameter.rest.split(")")[0])]
-            uses = users.get(parameter.name, [])
-            sliced = [
-                use for use in uses if use.opcode == "dynamic-slice" and use.operands[0] == parameter.name
-            ]
-            updated = [
-                use
-                for use in uses
-                if use.opcode == "dynamic-update-slice" and use.operands[0] == parameter.name
-            ]
-            if uses and len(sliced) == len(uses):
-                moved += sum(_bytes(use.result) for use in sliced) if _in_memory(whole) else 0.0
-            elif uses and len(updated) == len(uses):
-                if _in_memory(whole):
-                    moved += sum(_bytes(results.get(use.operands[1], "")) for use in updated)
-                    written_into += _in_memory(whole)
+            if use.opcode == "dynamic-slice" and operands[0] == name:
+                read += _bytes(use.result)
+            elif use.opcode == "dynamic-update-slice" and operands[0] == name:
+                continue  # written in place
+            elif use.opcode == "bitcast":
+                read += self._read(computation, result, name=use.name)
+            elif use.opcode == "fusion":
+                read += sum(
+                    self._read(use.called[0], result, of_parameter=place)
+                    for place, operand in enumerate(operands)
+                    if operand == name
+                )
             else:
-                moved += _in_memory(whole)
-        return moved + max(_in_memory(fusion.result) - written_into, 0.0)
+                return _bytes(result)
+        return min(read, _bytes(result))
+
+    def _written(self, computation: str) -> list[float]:
+        """Bytes of each array that a fusion writes: all, or what it puts into one that is there."""
+        by_name = {instruction.name: instruction for instruction in self._computations[computation]}
+        root = next(instruction for instruction in by_name.values() if instruction.is_root)
+        if root.opcode == "tuple":
+            return [self._written_by(by_name[name], by_name) for name in root.operands]
+        arrays = _arrays(root.result)
+        return [self._written_by(root, by_name)] if len(arrays) == 1 else [_bytes(array) for array in arrays]
+
+    def _written_by(self, instruction: _Instruction, by_name: dict[str, _Instruction]) -> float:
+        if instruction.opcode == "dynamic-update-slice":
+            return _bytes(by_name[instruction.operands[1]].result)
+        if instruction.opcode == "bitcast":
+            return self._written_by(by_name[instruction.operands[0]], by_name)
+        if instruction.opcode == "fusion":
+            return sum(self._written(instruction.called[0]))
+        return _bytes(instruction.result)
 
 
 def _kind(computation: str, instruction: _Instruction) -> str | None:
@@ -214,7 +238,7 @@ def _kind(computation: str, instruction: _Instruction) -> str | None:
 
 def _collected(kind: str, instruction: _Instruction) -> float:
     """Bytes of the joined array."""
-    arrays = [_bytes(match.group()) for match in _ARRAY.finditer(instruction.result)]
+    arrays = list(map(_bytes, _arrays(instruction.result)))
     if instruction.opcode.endswith("-start") and kind == "all-gather":  # (operands, results)
         return sum(arrays[len(arrays) // 2 :])
     if instruction.opcode == "reduce-scatter":
@@ -222,6 +246,11 @@ def _collected(kind: str, instruction: _Instruction) -> float:
     if instruction.opcode == "collective-permute-start":  # (operand, result, contexts)
         return arrays[0]
     return sum(arrays)
+
+
+def _arrays(text: str) -> list[str]:
+    """The types of a tuple's arrays, or of one."""
+    return [match.group() for match in _ARRAY.finditer(text)]
 
 
 def _bytes(text: str) -> float:

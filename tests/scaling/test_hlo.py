@@ -90,6 +90,51 @@ def test_memory_traffic_by_hand() -> None:
     assert program().memory_traffic() == 7 * body + (8 * 64 * 2 + 64 * 2) + (4 + 4)
 
 
+NESTED = """HloModule step
+
+%take (t.0: bf16[9,64], t.1: s32[]) -> bf16[1,64] {
+  %t.0 = bf16[9,64]{1,0} parameter(0)
+  %t.1 = s32[] parameter(1)
+  %same = bf16[9,64]{1,0} bitcast(%t.0)
+  %zero = s32[] constant(0)
+  ROOT %row = bf16[1,64]{1,0} dynamic-slice(%same, %t.1, %zero), dynamic_slice_sizes={1,64}
+}
+
+%greatest (u.0: bf16[9,64], u.1: s32[]) -> (f32[1], s32[1]) {
+  %u.1 = s32[] parameter(1)
+  %u.0 = bf16[9,64]{1,0} parameter(0)
+  %one = bf16[1,64]{1,0} fusion(%u.0, %u.1), kind=kLoop, calls=%take
+  %at = s32[1,64]{1,0} iota(), iota_dimension=1
+  ROOT %both = (f32[1]{0}, s32[1]{0}) reduce(%one, %at, %one, %at), dimensions={1}, to_apply=%larger
+}
+
+%keep (v.0: bf16[9,64], v.1: bf16[1,64], v.2: s32[]) -> (bf16[9,64], bf16[1,64]) {
+  %v.0 = bf16[9,64]{1,0} parameter(0)
+  %v.1 = bf16[1,64]{1,0} parameter(1)
+  %v.2 = s32[] parameter(2)
+  %none = s32[] constant(0)
+  %put = bf16[9,64]{1,0} dynamic-update-slice(%v.0, %v.1, %v.2, %none)
+  %minus = bf16[1,64]{1,0} negate(%v.1)
+  ROOT %pair = (bf16[9,64]{1,0}, bf16[1,64]{1,0}) tuple(%put, %minus)
+}
+
+ENTRY %main (rows: bf16[9,64], row: bf16[1,64], at: s32[]) -> s32[1] {
+  %rows = bf16[9,64]{1,0} parameter(0)
+  %row = bf16[1,64]{1,0} parameter(1)
+  %at.1 = s32[]{:T(128)S(6)} parameter(2)
+  %best = (f32[1]{0}, s32[1]{0}) fusion(%rows, %at.1), kind=kLoop, calls=%greatest
+  %kept = (bf16[9,64]{1,0}, bf16[1,64]{1,0:S(1)}) fusion(%rows, %row, %at.1), kind=kLoop, calls=%keep
+  ROOT %which = s32[1]{0} get-tuple-element(%best), index=1
+}
+"""
+
+
+def test_fusions_within_fusions_take_slices() -> None:
+    """A row is read and two numbers written; a row is read and put into its place, its negative cached."""
+    row = 64 * 2
+    assert ProgramText(NESTED).memory_traffic() == (row + 4 + 4) + (row + row)
+
+
 @pytest.mark.parametrize(
     ("groups", "first"),
     [
