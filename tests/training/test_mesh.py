@@ -201,4 +201,7 @@ def test_eight_devices_train_like_one(config: RunConfig, finished: Path, tmp_pat
     for one, eight in zip(of_one, of_eight, strict=True):
         assert one.keys() == eight.keys()
         for name in one.keys() - CLOCKED:
+            if isinstance(one[name], dict):  # cells of each kind of slide
+                assert eight[name] == one[name]
+                continue
             np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, err_msg=f"{name} {one['step']}")
