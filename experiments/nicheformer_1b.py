@@ -22,8 +22,7 @@ def recipe() -> RunConfig:
     return replace(
         published,
         name="nicheformer_1b",
-        # Scanned layer by layer: unrolled, a step on 64 chips of v5p takes 108 GiB of the 95.7 there are.
-        model=replace(model, layers=18, heads=16, width=2_048, hidden=8_192, positions=1_536, unroll=1),
+        model=replace(model, layers=18, heads=16, width=2_048, hidden=8_192, positions=1_536),
         data=replace(
             published.data,
             sample=replace(sample, length=1_536),
