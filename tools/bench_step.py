@@ -27,13 +27,12 @@ import tyro
 from step_batches import Measured, sentence_batch, tissue_batch
 
 from scfm_jax.data.masks import MaskRates
-from scfm_jax.models.attention import Asked, choose
 from scfm_jax.models.flops import training_flops
 from scfm_jax.training.config import RunConfig, load_recipe, override
 from scfm_jax.training.hardware import accelerator_of
 from scfm_jax.training.mesh import batch_sharding, make_mesh
 from scfm_jax.training.step import make_program
-from scfm_jax.training.task import make_learning
+from scfm_jax.training.task import attention_of, make_learning
 
 ROOT = Path(__file__).parents[1]
 TISSUE_GENES, SENTENCE_GENES = 19_264, 20_310
@@ -132,11 +131,10 @@ def ours(name: str, arguments: Arguments, flags: list[str]) -> dict[str, Any]:
         with jax.profiler.trace(str(arguments.profile / name)):
             steps(3)
     device = jax.devices()[0]
-    asked = Asked(device.platform, config.model.dtype, config.model.head_size)
     return {
         **described(measured, seconds),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(program.shapes)),
-        "attention": choose(config.model.attention, asked),
+        "attention": attention_of(config, device.platform),
         "remat": config.model.remat,
         "device": device.device_kind,
         "compile_seconds": compiled,

@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 from scfm_jax.errors import InputError
-from scfm_jax.models.attention import Asked, AttentionName, choose
 from scfm_jax.models.flops import forward_flops, training_flops
 from scfm_jax.models.functional import count_parameters
 from scfm_jax.models.tissue import TissueConfig
@@ -34,6 +33,7 @@ from scfm_jax.scaling.workload import Cells, Workload, make_workload
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.mesh import MESH_AXES, make_mesh, mesh_shape
 from scfm_jax.training.step import make_program
+from scfm_jax.training.task import attention_of
 
 # Passes over the pairs that an attention makes in a step, where the forward pass is 2 products: kernels
 # compute the scores again in the backward pass, splash in each of its two backward kernels.
@@ -148,7 +148,7 @@ def make_plan(config: RunConfig, topology: Topology, cells: Cells, *, batch: int
     shape = dict(zip(MESH_AXES, mesh_shape(config.mesh, topology.chips), strict=True))
     config, changes, flags = adapt(config, topology, shape["data"] * shape["fsdp"], batch)
     work = make_workload(config, cells)
-    attention = _attention(config, accelerator.platform)
+    attention = attention_of(config, accelerator.platform)
     measured = _compile(config, topology, work) if accelerator.axes else _reckon(config, topology, work)
     traffic = _by_kind(measured.collectives, topology, measured.positions, shape)
     flops = training_flops(config.model, work.n_genes, work.load)
@@ -229,12 +229,6 @@ def adapt(
         tuple(f"{name} {old} -> {new}{why}" for name, (old, new, why) in changes.items()),
         tuple(f"--{name} {new}" for name, (_, new, _) in changes.items()),
     )
-
-
-def _attention(config: RunConfig, platform: str) -> AttentionName:
-    model = config.model
-    stack = model.encoder if isinstance(model, TissueConfig) else model
-    return choose(model.attention, Asked(platform, jax.numpy.dtype(model.dtype), stack.width // stack.heads))
 
 
 def _compile(config: RunConfig, topology: Topology, work: Workload) -> _Measured:

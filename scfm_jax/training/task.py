@@ -19,6 +19,7 @@ from scfm_jax.data.ranks import RankReader
 from scfm_jax.data.stream import CellBlocks
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
+from scfm_jax.models.attention import Asked, AttentionName, choose
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.tissue import TissueModel
 from scfm_jax.objectives.column_masking import column_masking_loss
@@ -73,6 +74,18 @@ def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Modu
         return lambda rngs: Nicheformer(niche_model, n_genes, rngs=rngs)
     model, _, objective = run.tissue()
     return lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs)
+
+
+def attention_of(run: RunConfig, platform: str) -> AttentionName:
+    """The implementation that a run's model attends by on a platform.
+
+    Raises
+    ------
+    InputError
+        It cannot do what the model asks.
+    """
+    model = run.model
+    return choose(model.attention, Asked(platform, model.dtype, model.head_size))
 
 
 def make_learning(

@@ -16,7 +16,6 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.data.stream import CellBlocks
 from scfm_jax.errors import InputError
-from scfm_jax.models.attention import Asked, choose
 from scfm_jax.models.functional import count_parameters
 from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.clock import Clock, Ledger, profiled, shares
@@ -28,7 +27,7 @@ from scfm_jax.training.metrics import Meter, MetricsWriter, summary
 from scfm_jax.training.optimiser import learning_rate
 from scfm_jax.training.run import initial_parameters, open_run
 from scfm_jax.training.step import make_program
-from scfm_jax.training.task import make_task
+from scfm_jax.training.task import attention_of, make_task
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -94,14 +93,13 @@ def train(
             state["parameters"] = given or initial_parameters(config, corpus, program.like["parameters"])
         device = jax.devices()[0]
         accelerator = accelerator_of(device.device_kind)
-        asked = Asked(device.platform, config.model.dtype, config.model.head_size)
         found = {
             "training_cells": len(train_cells),
             "held_out_cells": len(test_cells),
             "parameters": count_parameters(program.shapes),
             "devices": f"{mesh.size} {device.platform}",
             "hosts": jax.process_count(),
-            "attention": choose(config.model.attention, asked),
+            "attention": attention_of(config, device.platform),
             "step": start,
             "steps": config.optimiser.steps,
         }

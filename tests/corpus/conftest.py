@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from scfm_jax.corpus import Source
+from scfm_jax.corpus import Corpus, Source, build_corpus
+from scfm_jax.corpus import build as build_module
 
 
 def make_tissue(n_cells: int = 300, n_genes: int = 40, seed: int = 0) -> ad.AnnData:
@@ -46,3 +47,15 @@ def write(tmp_path: Path) -> Callable[..., Source]:
         )
 
     return write
+
+
+@pytest.fixture
+def expected(sources, tmp_path) -> str:
+    """Hash of the corpus of a module's `sources`, built in one process and without a stop."""
+    build_corpus(tmp_path / "expected", sources)
+    return Corpus.open(tmp_path / "expected").hash
+
+
+@pytest.fixture
+def small_jobs(monkeypatch) -> None:
+    monkeypatch.setattr(build_module, "_ENTRIES_OF_A_JOB", 1)

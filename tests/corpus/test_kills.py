@@ -65,17 +65,6 @@ def sources(tissue, write) -> list[Source]:
     return [write(tissue[:150].copy(), "file0"), write(rest, "file1", section=None)]
 
 
-@pytest.fixture
-def expected(sources, tmp_path) -> str:
-    build_corpus(tmp_path / "expected", sources)
-    return Corpus.open(tmp_path / "expected").hash
-
-
-@pytest.fixture
-def small_jobs(monkeypatch) -> None:
-    monkeypatch.setattr(build_module, "_ENTRIES_OF_A_JOB", 1)
-
-
 def run_killed(out: Path, sources: list[Source], kind: str, number: int) -> int:
     command = [sys.executable, "-c", KILLED, str(out), kind, str(number), *(s.path for s in sources)]
     return subprocess.run(command, check=False).returncode

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from scfm_jax.corpus import Corpus, Source, build_corpus, verify_corpus, workers
-from scfm_jax.corpus import build as build_module
 from scfm_jax.corpus.place import Place
 from scfm_jax.corpus.workers import run_jobs
 from scfm_jax.errors import InputError
@@ -43,17 +42,6 @@ def sources(tissue, write) -> list[Source]:
         write(part, f"file{n}", labels=("type",), section="section" if n == 0 else None)
         for n, part in enumerate(parts)
     ]
-
-
-@pytest.fixture
-def expected(sources, tmp_path) -> str:
-    build_corpus(tmp_path / "expected", sources)
-    return Corpus.open(tmp_path / "expected").hash
-
-
-@pytest.fixture
-def small_jobs(monkeypatch) -> None:
-    monkeypatch.setattr(build_module, "_ENTRIES_OF_A_JOB", 1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
