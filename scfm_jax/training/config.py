@@ -87,6 +87,10 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
+    def __post_init__(self) -> None:
+        check_least(self, 0, "data")
+        check_least(self, 1, "fsdp", "tensor")
+
 
 # What a model reads, and what it is trained to say.
 FAMILIES: dict[type, tuple[type, type]] = {
@@ -207,23 +211,32 @@ def load_recipe(path: str | Path) -> RunConfig:
     Raises
     ------
     InputError
-        No such file, no such function, or a recipe with an unknown field.
+        No such file, no such function, a recipe with an unknown field, or one that fails or gives no config.
     """
     path = Path(path)
+    mend = "name a Python file with a function recipe()"
     if not path.is_file():
-        raise InputError(path, "there is no such recipe", "name a Python file with a function recipe()")
+        raise InputError(path, "there is no such recipe", mend)
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise InputError(path, "is no Python file", mend)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.recipe()
+        config = module.recipe()
     except InputError:
         raise
     except AttributeError as error:
         raise InputError(path, str(error), "define recipe() -> RunConfig") from error
     except (TypeError, ValueError, SyntaxError, ImportError) as error:
         raise InputError(path, str(error), "mend that field of the recipe") from error
+    except Exception as error:  # a recipe is any Python
+        raise InputError(path, f"{type(error).__name__}: {error}", "mend the recipe") from error
+    if not isinstance(config, RunConfig):
+        raise InputError(
+            path, f"recipe() returns {type(config).__name__}", "return a scfm_jax.training.config.RunConfig"
+        )
+    return config
 
 
 def override(config: RunConfig, flags: Sequence[str], where: str) -> RunConfig:

@@ -30,6 +30,7 @@ from scfm_jax.training.watch import Watch
 _JAX_SILENCE = 45  # seconds after which JAX aborts, should the watch have failed
 _PATIENCE = 600  # seconds that hosts wait for each other's messages
 _AGREE = 2.0  # seconds, about, between two agreements to go on
+_LAST_PORT = 65_535
 _NUMBERS = itertools.count()
 # What a cluster sets for the processes of a job of several, and for nobody else. (A shell or a batch script
 # under SLURM knows of the job's tasks, but it is not one of them.)
@@ -115,7 +116,8 @@ def _parsed(text: str) -> tuple[str, int, int]:
     parts = text.split(",")
     if len(parts) == 3 and parts[1].isdecimal() and parts[2].isdecimal():
         address, count, number = parts[0], int(parts[1]), int(parts[2])
-        if number < count and address.rpartition(":")[2].isdecimal() and ":" in address:
+        host, _, port = address.rpartition(":")
+        if number < count and host and port.isdecimal() and 1 <= int(port) <= _LAST_PORT:
             return address, count, number
     raise InputError(
         "--distributed",

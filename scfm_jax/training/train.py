@@ -65,14 +65,22 @@ def train(
     Raises
     ------
     InputError
-        The folder holds a run already, or (resuming) one of another corpus or config.
+        The folder holds a run already, or (resuming) one of another corpus or config; or what the config, the
+        devices or `profile` ask cannot be. A new folder is then not written.
     """
     began, clock = time.time(), Clock()
+    if profile and profile[0] > config.optimiser.steps:
+        raise InputError(
+            "--profile",
+            f"starts at step {profile[0]}, optimiser.steps is {config.optimiser.steps}",
+            "trace steps of the run",
+        )
     corpus = Corpus.open(config.corpus, cache_bytes=config.data.cache_mib << 20)
     train_cells, test_cells = select_cells(corpus, split_cells(corpus, config.split), config)
     task = make_task(config, corpus)
 
-    mesh = make_mesh(config.mesh)
+    mesh, device = make_mesh(config.mesh), jax.devices()[0]
+    attention = attention_of(config, device.platform)
     program = make_program(config, mesh, task)
     share = share_of_batch(mesh, config.data.batch_size)
     loader = task.loader(train_cells, share)
@@ -91,7 +99,6 @@ def train(
         state = checkpoints.restore(start, program.like) if start else program.fresh()
         if config.initial_weights and not start:
             state["parameters"] = given or initial_parameters(config, corpus, program.like["parameters"])
-        device = jax.devices()[0]
         accelerator = accelerator_of(device.device_kind)
         found = {
             "training_cells": len(train_cells),
@@ -99,7 +106,7 @@ def train(
             "parameters": count_parameters(program.shapes),
             "devices": f"{mesh.size} {device.platform}",
             "hosts": jax.process_count(),
-            "attention": attention_of(config, device.platform),
+            "attention": attention,
             "step": start,
             "steps": config.optimiser.steps,
         }

@@ -97,6 +97,10 @@ def test_a_flag_changes_its_field_and_no_other(flags: list[str], path: str, valu
         (["--data.virtual_shards", "5"], r"data.virtual_shards: 5 does not divide data.batch_size, 32"),
         (["--optimiser.accumulation", "5"], r"optimiser.accumulation: 5 does not divide data.batch_size, 32"),
         (["--model.encoder.heads", "3"], r"model.encoder.*multiple of 4 x heads"),
+        (["--mesh.fsdp", "0"], r"mesh: fsdp is 0, not a number from 1"),
+        # Two of them multiply to devices that there may be.
+        (["--mesh.data", "-1", "--mesh.fsdp", "-8"], r"mesh: data is -1, not a number from 0"),
+        (["--mesh.fsdp", "-1", "--mesh.tensor", "-8"], r"mesh: fsdp is -1, not a number from 1"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
@@ -150,8 +154,14 @@ def test_no_golden_text_outlives_its_recipe() -> None:
             "from scfm_jax.training.config import RunConfig\n\ndef recipe():\n    return RunConfig(sead=1)",
             "unexpected keyword argument 'sead'; mend that field",
         ),
+        ("x = unknown", "NameError: name 'unknown' is not defined; mend the recipe"),
+        ("def recipe():\n    return {}['x']", "KeyError: 'x'; mend the recipe"),
+        (
+            "def recipe():\n    return 3",
+            r"recipe\(\) returns int; return a scfm_jax.training.config.RunConfig",
+        ),
     ],
-    ids=["no file", "no function", "syntax", "import", "unknown field"],
+    ids=["no file", "no function", "syntax", "import", "unknown field", "name", "key", "no config"],
 )
 def test_a_wrong_recipe_is_one_line(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "wrong.py"
@@ -160,3 +170,10 @@ def test_a_wrong_recipe_is_one_line(tmp_path: Path, text: str | None, message: s
     with pytest.raises(InputError, match=message) as error:
         load_recipe(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+
+
+def test_a_file_of_another_kind_is_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("seed = 1")
+    with pytest.raises(InputError, match=r"recipe\.toml: is no Python file; name a Python file"):
+        load_recipe(path)

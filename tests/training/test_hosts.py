@@ -59,7 +59,11 @@ def test_hosts_are_joined_where_a_flag_or_a_launcher_says_so(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "on", "10.0.0.1,4,0", "a:1,4", "a:1,4,4", "a:1,0,0", "a:b,4,0", "a:1,4,-1"]
+    "text",
+    [
+        *("", "on", "10.0.0.1,4,0", "a:1,4", "a:1,4,4", "a:1,0,0", "a:b,4,0", "a:1,4,-1"),
+        *(":1,4,0", "a:0,4,0", "a:65536,4,0"),
+    ],
 )
 def test_hosts_that_cannot_be_read(asked: list[tuple[Any, ...]], text: str) -> None:
     with pytest.raises(InputError, match="--distributed: cannot read") as error, joined(text):

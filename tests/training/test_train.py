@@ -252,6 +252,12 @@ def test_bad_input_is_one_line(
         (override(config, ["--split.held_out", "no*"], "f"), tmp_path / "new", False, "matches no slide"),
         (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not 1 devices"),
         (
+            override(config, ["--model.attention", "splash"], "f"),
+            tmp_path / "new",
+            False,
+            "splash runs on TPUs",
+        ),
+        (
             dataclasses.replace(config, initial_weights=str(tmp_path)),
             tmp_path / "new",
             False,
@@ -271,6 +277,12 @@ def test_bad_input_is_one_line(
         assert "\n" not in str(error.value)
         assert not (tmp_path / "new").exists(), message
     assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
+
+
+def test_a_profile_beyond_the_run_is_one_line(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--profile: starts at step 7, optimiser\.steps is 6; trace steps"):
+        train(config, tmp_path / "new", profile=(7, 9))
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
