@@ -74,10 +74,6 @@ class TissueConfig:
         check_least(self, 1, "bins")
         check_least(self, 0, "unroll")
 
-    @property
-    def head_size(self) -> int:
-        return self.encoder.head_size
-
     def meaning(self) -> dict[str, object]:
         """What tells one function of the same parameters from another, and no shape shows."""
         named: dict[str, object] = {"bin_alpha": self.bin_alpha, "positions": self.positions}

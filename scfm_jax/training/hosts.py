@@ -64,12 +64,14 @@ def joined(distributed_by: str | None) -> Iterator[None]:
     Raises
     ------
     InputError
-        It cannot be read, or nothing tells who the hosts are.
+        It cannot be read, nothing tells who the hosts are, or the devices are a part of a TPU slice of many
+        hosts, which no host can have for itself.
     """
     if distributed_by is None:
         started = any(name in os.environ and several(os.environ[name]) for name, several in _CLUSTERS.items())
         distributed_by = "auto" if started else "off"
     if distributed_by == "off":
+        _check_alone()
         yield
         return
     _initialise(distributed_by)
@@ -83,6 +85,16 @@ def joined(distributed_by: str | None) -> Iterator[None]:
     except BaseException as error:
         watch.fail(error)
     jax.distributed.shutdown()
+
+
+def _check_alone() -> None:
+    """A TPU slice of several hosts is one whether they have joined or not, and its VMs do not say so."""
+    if jax.process_count() > 1:
+        raise InputError(
+            "--distributed",
+            f"this host is one of the {jax.process_count()} of a TPU slice, and has not joined the others",
+            "give --distributed auto",
+        )
 
 
 def _initialise(distributed_by: str) -> None:

@@ -21,7 +21,7 @@ from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.attention import Asked, AttentionName, choose
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
-from scfm_jax.models.tissue import TissueModel
+from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.objectives.column_masking import column_masking_loss
 from scfm_jax.objectives.masked_genes import masked_genes_loss
 from scfm_jax.training.config import RunConfig
@@ -82,10 +82,18 @@ def attention_of(run: RunConfig, platform: str) -> AttentionName:
     Raises
     ------
     InputError
-        It cannot do what the model asks.
+        It cannot do what the model asks, or what encoder and decoder ask differs.
     """
     model = run.model
-    return choose(model.attention, Asked(platform, model.dtype, model.head_size))
+    stacks = (model.encoder, model.decoder) if isinstance(model, TissueConfig) else (model,)
+    chosen = [choose(model.attention, Asked(platform, model.dtype, stack.head_size)) for stack in stacks]
+    if len(set(chosen)) > 1:
+        raise InputError(
+            "model.attention",
+            f"auto is {chosen[0]} for the encoder's heads and {chosen[1]} for the decoder's",
+            "name one that can do both, as plain, or change model.decoder.heads",
+        )
+    return chosen[0]
 
 
 def make_learning(

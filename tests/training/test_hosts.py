@@ -71,6 +71,19 @@ def test_hosts_that_cannot_be_read(asked: list[tuple[Any, ...]], text: str) -> N
     assert "\n" not in str(error.value) and not asked
 
 
+@pytest.mark.parametrize("flag", [None, "off"])
+def test_a_part_of_a_slice_cannot_be_alone(
+    asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch, flag: str | None
+) -> None:
+    """A TPU VM's process is one of several before it has joined them."""
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with (
+        pytest.raises(InputError, match=r"one of the 4 of a TPU slice.*; give --distributed auto"),
+        joined(flag),
+    ):
+        pytest.fail("alone")
+
+
 def test_nothing_to_join_is_one_line(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     def initialize(*where: Any, **more: Any) -> None:
         raise ValueError("coordinator_address should be defined.")

@@ -27,7 +27,7 @@ from scfm_jax.training.metrics import CLOCKED, Meter, read_metrics
 from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.run import read_run
 from scfm_jax.training.step import fresh_state, state_shardings
-from scfm_jax.training.task import make_task
+from scfm_jax.training.task import attention_of, make_task
 from scfm_jax.training.train import select_cells, train
 
 
@@ -277,6 +277,19 @@ def test_bad_input_is_one_line(
         assert "\n" not in str(error.value)
         assert not (tmp_path / "new").exists(), message
     assert {path: path.read_bytes() for path in finished.glob("*.json*")} == before
+
+
+def test_one_attention_serves_encoder_and_decoder_or_it_is_an_error(config: RunConfig) -> None:
+    """What a run says of its attention holds for all of its layers."""
+    flags = ["--model.dtype", "bfloat16", "--model.attention", "auto"]
+    assert attention_of(override(config, flags, "flags"), "gpu") == "cudnn"
+    wide = [*flags, "--model.decoder.width", "512", "--model.decoder.heads", "2"]
+    assert attention_of(override(config, wide, "flags"), "tpu") == "splash"
+    with pytest.raises(InputError, match="auto is cudnn for the encoder's heads and plain for the decoder's"):
+        attention_of(override(config, wide, "flags"), "gpu")
+    named = override(config, [*wide, "--model.attention", "cudnn"], "flags")
+    with pytest.raises(InputError, match=r"cudnn takes heads of 8, .* and these have 256"):
+        attention_of(named, "gpu")
 
 
 def test_a_profile_beyond_the_run_is_one_line(config: RunConfig, tmp_path: Path) -> None:
