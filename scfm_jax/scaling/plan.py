@@ -187,7 +187,7 @@ def make_plan(config: RunConfig, topology: Topology, cells: Cells, *, batch: int
         network_seconds=seconds.get("network"),
         share_of_peak=flops / topology.chips / accelerator.peak_flops / seconds[limit] if limit else None,
         limit=limit,
-        mends=_mends(config, shape, work, measured, accelerator.memory),
+        mends=_mends(config, topology, shape, work, measured),
     )
 
 
@@ -328,17 +328,19 @@ def _executed_flops(config: RunConfig, topology: Topology, work: Workload, atten
 
 
 def _mends(
-    config: RunConfig, shape: dict[str, int], work: Workload, measured: _Measured, memory: int
+    config: RunConfig, topology: Topology, shape: dict[str, int], work: Workload, measured: _Measured
 ) -> tuple[str, ...]:
-    """Flags that make it smaller, the cheapest first; none where it fits."""
+    """Flags that make it smaller, each by itself and the cheapest first; none where it fits."""
+    memory = topology.accelerator.memory
     if measured.total <= memory:
         return ()
+    free = "--mesh.data 0 " if config.mesh.data else ""  # the devices are as many as before
     state = measured.parameter_bytes + measured.optimiser_bytes
     rows = work.rows // (shape["data"] * shape["fsdp"] * config.optimiser.accumulation)
     mends = []
     if state > memory / 4 and shape["data"] > 1:
         more = shape["fsdp"] * _divisor(shape["data"], 4 * state / memory)
-        mends.append(f"--mesh.fsdp {more} (splits parameters and optimiser)")
+        mends.append(f"{free}--mesh.fsdp {more} (splits parameters and optimiser)")
     if rows > 1:
         room = max(memory - state, 1)
         parts = config.optimiser.accumulation * _divisor(rows, (measured.total - state) / room)
@@ -346,9 +348,15 @@ def _mends(
     if config.model.remat != "full":
         less = "full" if config.model.remat == "dots" else "dots"
         mends.append(f"--model.remat {less} (keeps less of a layer)")
-    if rows == 1:
-        mends.append(f"--mesh.tensor {shape['tensor'] * 2} (splits heads and feed-forward of a sample)")
-    return tuple(mends)
+    # Half as many shards for two that share a sample. Shapes alone see no activation split, only the state.
+    taken = "data" if shape["data"] % 2 == 0 else "fsdp" if topology.accelerator.axes else ""
+    if rows == 1 and taken and shape[taken] % 2 == 0:
+        less = f"--mesh.fsdp {shape['fsdp'] // 2} " if taken == "fsdp" else ""
+        mends.append(
+            f"{free}{less}--mesh.tensor {shape['tensor'] * 2} --batch {work.rows // 2} "
+            "(splits heads and feed-forward of a sample)"
+        )
+    return tuple(mends) or ("a --topology of more devices, or shorter samples",)
 
 
 def _divisor(number: int, least: float) -> int:

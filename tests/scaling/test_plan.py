@@ -19,7 +19,7 @@ from scfm_jax.scaling.estimate import activation_bytes
 from scfm_jax.scaling.plan import Plan, make_plan
 from scfm_jax.scaling.topology import Topology
 from scfm_jax.scaling.workload import Cells, make_workload
-from scfm_jax.training.config import MeshConfig, OptimiserConfig, RunConfig, load_recipe
+from scfm_jax.training.config import MeshConfig, OptimiserConfig, RunConfig, load_recipe, override
 from scfm_jax.training.hardware import ACCELERATORS
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -147,6 +147,23 @@ def test_accumulation_that_is_advised_is_enough() -> None:
         RUN, model=replace(RUN.model, remat="dots"), optimiser=OptimiserConfig(accumulation=parts)
     )
     assert plan(again, batch=1 << 22).fits
+
+
+@pytest.mark.parametrize("data", [0, 32])
+def test_a_tensor_axis_that_is_advised_is_a_mesh_and_makes_it_smaller(data: int) -> None:
+    config = replace(RUN, model=replace(RUN.model, width=65_536), mesh=MeshConfig(data=data))
+    made = plan(config, batch=32)
+    words = next(mend for mend in made.mends if "tensor" in mend).partition(" (")[0].split()
+    flags = dict(zip(words[::2], words[1::2], strict=True))
+    batch = int(flags.pop("--batch"))
+    again = override(config, [f"{name}={value}" for name, value in flags.items()], "flags")
+    assert plan(again, batch=batch).total_bytes < 0.6 * made.total_bytes
+
+
+def test_where_no_flag_helps_the_advice_is_more_devices() -> None:
+    config = replace(with_mesh(fsdp=8), model=replace(RUN.model, width=65_536))
+    (mend,) = plan(config, "h100:1x8", batch=8).mends
+    assert mend == "a --topology of more devices, or shorter samples"
 
 
 def test_lengths_of_tissue_are_those_of_the_cells() -> None:
