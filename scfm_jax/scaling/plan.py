@@ -212,13 +212,13 @@ def adapt(
     if rows != before.batch_size:
         why = "" if batch else " (one sample for each data x fsdp shard and microbatch)"
         changes["data.batch_size"] = (before.batch_size, rows, why)
-    streams = before.virtual_shards
-    if streams % topology.hosts or rows % streams:
-        streams = topology.hosts
+    streams, readers = before.virtual_shards, min(topology.hosts, shards)  # tensor may span hosts
+    if streams % readers or rows % streams:
+        streams = readers
         changes["data.virtual_shards"] = (before.virtual_shards, streams, " (each host reads its own)")
     if rows % streams:
         raise InputError(
-            "--batch", f"{rows} is not a multiple of the {topology.hosts} hosts", "give a multiple of both"
+            "--batch", f"{rows} is not a multiple of the {readers} hosts that read", "give a multiple of them"
         )
     config = replace(config, data=replace(before, batch_size=rows, virtual_shards=streams))
     if topology.accelerator.axes and before.length_multiple % 128:
@@ -280,12 +280,13 @@ def _reckon(config: RunConfig, topology: Topology, work: Workload) -> _Measured:
     parameters = program.like["parameters"]
     rows = work.rows // config.optimiser.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
     state = bytes_of_shards(parameters)
+    gradients = 2 if config.optimiser.accumulation > 1 else 1  # their sum, and a microbatch's
     optimiser = bytes_of_shards(program.like["optimiser"])
     return _Measured(
         count_parameters(program.shapes),
         state,
         optimiser,
-        2 * state + optimiser + activation_bytes(config, work, rows),
+        gradients * state + state + optimiser + activation_bytes(config, work, rows),
         memory_traffic(config, work, rows, parameters),
         collectives(config, mesh, work, parameters),
         list(positions(*topology.shape)),

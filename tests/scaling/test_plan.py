@@ -119,6 +119,17 @@ def test_a_small_batch_is_raised_and_said() -> None:
         plan(topology="h100:16x8", batch=64)
 
 
+def test_hosts_that_a_tensor_axis_spans_read_the_same_rows() -> None:
+    made = plan(with_mesh(tensor=16), "h100:16x8", batch=8)
+    assert made.flags == ("--data.batch_size 8", "--data.virtual_shards 8")
+
+
+def test_microbatches_hold_the_sum_of_their_gradients_beside_their_own() -> None:
+    """As many samples at a time, and nothing else but one more array of every parameter's shape."""
+    once, twice = plan(), plan(replace(RUN, optimiser=OptimiserConfig(accumulation=2)), batch=128)
+    assert twice.total_bytes - once.total_bytes == once.parameter_bytes
+
+
 def test_a_given_batch_is_taken() -> None:
     made = plan(batch=128)
     assert (made.batch, made.changes) == (128, ("data.batch_size 64 -> 128",))
