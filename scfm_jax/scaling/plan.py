@@ -320,11 +320,13 @@ def _executed_flops(config: RunConfig, topology: Topology, work: Workload, atten
     """Operations that the devices do: with what is recomputed, and with idle parts of matrix units."""
     parts = forward_flops(config.model, work.n_genes, work.load)
     again = 1 if config.model.remat == "full" else 0
+    # "dots" keeps what a fused kernel gives, and not products with batch dimensions.
+    attended = 1 if config.model.remat == "dots" and attention in ("plain", "chunked") else again
     unit = _MATRIX_UNIT.get(topology.accelerator.name, 1)
     model = config.model
     stack = model.encoder if isinstance(model, TissueConfig) else model
     filled = min(1.0, stack.width / stack.heads / unit)
-    pairs = parts["attention"] * (_ATTENTION_PRODUCTS[attention] / 2 + again) / filled
+    pairs = parts["attention"] * (_ATTENTION_PRODUCTS[attention] / 2 + attended) / filled
     return pairs + (3 + again) * parts["layers"] + 3 * (parts["embedding"] + parts["head"])
 
 

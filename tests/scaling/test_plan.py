@@ -89,6 +89,14 @@ def test_operations_by_hand() -> None:
     assert getattr(made, f"{made.limit}_seconds") == longest
 
 
+def test_dots_computes_an_attention_of_xla_again_and_no_kernels() -> None:
+    for attention, passes in (("plain", 3 + 1), ("cudnn", 3.5)):
+        made = plan(replace(RUN, model=replace(RUN.model, remat="dots", attention=attention)))
+        parts = forward_flops(RUN.model, GENES, Load.padded(64, LENGTH, made.lengths[1]))
+        done = 3 * parts["layers"] + passes * parts["attention"] + 3 * parts["head"]
+        assert made.compute_seconds == pytest.approx(done / 32 / ACCELERATORS["h100"].peak_flops)
+
+
 def test_what_is_kept_for_the_backward_pass_by_hand() -> None:
     """With remat "full" the inputs of the layers, in bf16; the rest does not grow with depth."""
     work = make_workload(RUN, CELLS)
