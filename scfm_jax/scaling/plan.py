@@ -323,10 +323,13 @@ def _executed_flops(config: RunConfig, topology: Topology, work: Workload, atten
     # "dots" keeps what a fused kernel gives, and not products with batch dimensions.
     attended = 1 if config.model.remat == "dots" and attention in ("plain", "chunked") else again
     unit = _MATRIX_UNIT.get(topology.accelerator.name, 1)
-    model = config.model
-    stack = model.encoder if isinstance(model, TissueConfig) else model
-    filled = min(1.0, stack.width / stack.heads / unit)
-    pairs = parts["attention"] * (_ATTENTION_PRODUCTS[attention] / 2 + attended) / filled
+    model, alone = config.model, replace(work.load, second_pairs=0)
+    first = forward_flops(model, work.n_genes, alone)["attention"]
+    stacks = [(model.encoder if isinstance(model, TissueConfig) else model, first)]
+    if isinstance(model, TissueConfig):
+        stacks.append((model.decoder, parts["attention"] - first))
+    filled = sum(pairs / min(1.0, stack.head_size / unit) for stack, pairs in stacks)
+    pairs = filled * (_ATTENTION_PRODUCTS[attention] / 2 + attended)
     return pairs + (3 + again) * parts["layers"] + 3 * (parts["embedding"] + parts["head"])
 
 

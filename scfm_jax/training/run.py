@@ -41,7 +41,10 @@ def open_run(folder: Path, config: RunConfig, corpus: Corpus, *, resume: bool) -
             _check_resumed(folder, config, corpus, means)
         elif (folder / "config.json").exists():
             raise InputError(folder, "holds a run already", "resume it with --resume, or name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(folder, f"cannot be made: {error.strerror}", "name another folder") from error
         describe_run(folder, config, corpus.vocabulary, corpus.hash)
         save_technology_means(folder, means)
     meet("run directory")

@@ -14,9 +14,11 @@ from scfm_jax.data.loader import DataConfig
 from scfm_jax.data.ranks import RankConfig
 from scfm_jax.models.flops import Load, forward_flops
 from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.models.tissue import TissueConfig
+from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.scaling.estimate import activation_bytes
-from scfm_jax.scaling.plan import Plan, make_plan
+from scfm_jax.scaling.plan import Plan, _executed_flops, make_plan
 from scfm_jax.scaling.topology import Topology
 from scfm_jax.scaling.workload import Cells, make_workload
 from scfm_jax.training.config import MeshConfig, OptimiserConfig, RunConfig, load_recipe, override
@@ -95,6 +97,18 @@ def test_dots_computes_an_attention_of_xla_again_and_no_kernels() -> None:
         parts = forward_flops(RUN.model, GENES, Load.padded(64, LENGTH, made.lengths[1]))
         done = 3 * parts["layers"] + passes * parts["attention"] + 3 * parts["head"]
         assert made.compute_seconds == pytest.approx(done / 32 / ACCELERATORS["h100"].peak_flops)
+
+
+def test_heads_narrower_than_the_matrix_unit_cost_each_stack_its_own() -> None:
+    """On a v5p, 128 wide: whole heads in the encoder, and a quarter of the unit in the decoder."""
+    encoder, decoder = TransformerConfig(layers=2, heads=2, width=256), TransformerConfig(1, 8, 256)
+    run = replace(load_recipe(EXPERIMENTS / "tissue_3m.py"), model=TissueConfig(encoder, decoder))
+    work, topology = make_workload(run, Cells()), Topology.parse("v5p:4x4x4")
+    parts = forward_flops(run.model, work.n_genes, work.load)
+    both, decoders = parts["attention"], 2 * 2 * 256 * work.load.second_pairs
+    done = 3 * sum(parts[name] for name in ("embedding", "layers", "head"))
+    done += 4.5 * (both - decoders + 4 * decoders)
+    assert _executed_flops(run, topology, work, "splash") == pytest.approx(done)
 
 
 def test_what_is_kept_for_the_backward_pass_by_hand() -> None:

@@ -232,6 +232,8 @@ def test_bad_input_is_one_line(
     before = {path: path.read_bytes() for path in finished.glob("*.json*")}
     elsewhere = dataclasses.replace(config, corpus=str(make_corpus(1)))
     wider = override(config, ["--seed", "5"], "flags")
+    a_file = tmp_path / "file"
+    a_file.touch()
     cases: list[tuple[RunConfig, Path, bool, str]] = [
         (config, finished, False, "holds a run already; resume it with --resume"),
         (elsewhere, finished, True, "was trained on another corpus"),
@@ -251,6 +253,8 @@ def test_bad_input_is_one_line(
         ),
         (override(config, ["--split.held_out", "no*"], "f"), tmp_path / "new", False, "matches no slide"),
         (override(config, ["--mesh.tensor", "3"], "f"), tmp_path / "new", False, "is not 1 devices"),
+        (config, a_file, False, "cannot be made: File exists; name another folder"),
+        (config, a_file / "run", False, "cannot be made: Not a directory; name another folder"),
         (
             override(config, ["--model.attention", "splash"], "f"),
             tmp_path / "new",
