@@ -119,7 +119,8 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
         ]
     else:
         rows += [("", ""), ("DOES NOT FIT", ""), *(("  try", mend) for mend in plan.mends)]
-    return [f"{name:<18}{value}".rstrip() for name, value in rows]
+    width = max(len(name) for name, _ in rows) + 2
+    return [f"{name:<{width}}{value}".rstrip() for name, value in rows]
 
 
 def _hosts(number: int) -> str:

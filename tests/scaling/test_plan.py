@@ -18,9 +18,10 @@ from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.models.transformer import TransformerConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.scaling.estimate import activation_bytes
-from scfm_jax.scaling.plan import Plan, _executed_flops, make_plan
+from scfm_jax.scaling.plan import Plan, Traffic, _executed_flops, make_plan
 from scfm_jax.scaling.topology import Topology
 from scfm_jax.scaling.workload import Cells, make_workload
+from scfm_jax.scaling_verbs import _lines
 from scfm_jax.training.config import MeshConfig, OptimiserConfig, RunConfig, load_recipe, override
 from scfm_jax.training.hardware import ACCELERATORS
 
@@ -191,6 +192,11 @@ def test_a_tensor_axis_that_is_advised_is_a_mesh_and_makes_it_smaller(data: int)
     batch = int(flags.pop("--batch"))
     again = override(config, [f"{name}={value}" for name, value in flags.items()], "flags")
     assert plan(again, batch=batch).total_bytes < 0.6 * made.total_bytes
+
+
+def test_a_long_kind_of_collective_keeps_its_distance() -> None:
+    made = replace(plan(), traffic=(Traffic("collective-permute", "fsdp", 36, 1e6, 1e-3),))
+    assert "  collective-permute  36 over fsdp: 1.0 MB from a chip, 1.00 ms" in _lines(made, EXPERIMENTS, ())
 
 
 def test_where_no_flag_helps_the_advice_is_more_devices() -> None:
