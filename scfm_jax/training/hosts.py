@@ -180,33 +180,40 @@ def equal_share(rows: dict[int, set[int]], host: int) -> tuple[int, int]:
 def greatest_of_hosts() -> Exchange | None:
     """An exchange in which every host gets the greatest lengths of any; None where there is one host.
 
-    All hosts must make theirs in the same order, and ask for the same names in the same order.
+    Host 0 hears all and tells all, so that messages grow with the hosts and not with their square. All hosts
+    must make theirs in the same order, and ask for the same names in the same order.
     """
     if jax.process_count() == 1:
         return None
     client: Any = distributed.global_state.client
-    host = jax.process_index()
-    number, said = next(_NUMBERS), list[str]()
+    number, told = next(_NUMBERS), list[str]()
+
+    def tell(key: str, lengths: Int64[np.ndarray, "steps 2"]) -> None:
+        client.key_value_set(key, base64.b64encode(lengths.astype("<i8").tobytes()).decode())
+
+    def hear(key: str, host: int, name: str) -> Int64[np.ndarray, "steps 2"]:
+        try:
+            text = client.blocking_key_value_get(key, _PATIENCE * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(
+                f"host {host} has not said how long rows of window {name} are, asked for {_PATIENCE} seconds"
+            ) from error
+        return np.frombuffer(base64.b64decode(text), "<i8").reshape(-1, 2)
 
     def exchange(name: str, lengths: Int64[np.ndarray, "steps 2"]) -> Int64[np.ndarray, "steps 2"]:
         key = f"scfm_jax/lengths/{number}/{name}"
-        client.key_value_set(f"{key}/{host}", base64.b64encode(lengths.astype("<i8").tobytes()).decode())
-        said.append(f"{key}/{host}")
+        if not is_primary():
+            tell(f"{key}/{jax.process_index()}", lengths)
+            return hear(f"{key}/greatest", 0, name)
         greatest = lengths
-        for other in range(jax.process_count()):
-            if other != host:
-                try:
-                    text = client.blocking_key_value_get(f"{key}/{other}", _PATIENCE * 1000)
-                except jax.errors.JaxRuntimeError as error:
-                    raise RuntimeError(
-                        f"host {other} has not said how long its rows of window {name} are, asked for "
-                        f"{_PATIENCE} seconds"
-                    ) from error
-                theirs = np.frombuffer(base64.b64decode(text), "<i8").reshape(lengths.shape)
-                greatest = np.maximum(greatest, theirs)
-        # A host that has said this window's lengths has heard those of the window before.
-        if len(said) > 2:
-            client.key_value_delete(said.pop(0))
+        for host in range(1, jax.process_count()):
+            greatest = np.maximum(greatest, hear(f"{key}/{host}", host, name))
+            client.key_value_delete(f"{key}/{host}")
+        tell(f"{key}/greatest", greatest)
+        # Who has said this window's lengths has heard the greatest of the window before.
+        if told:
+            client.key_value_delete(told.pop())
+        told.append(f"{key}/greatest")
         return greatest
 
     return exchange
