@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,8 +39,8 @@ def plan(
     recipe
         A Python file with a function recipe(); see experiments/.
     topology
-        v5e:16x16, v5p:8x8x8, v6e:16x16 (chips along each axis of the torus), or h100:32x8 (hosts x GPUs;
-        also a100, h200, b200).
+        v5p:8x8x8, v4:8x8x8, v5e:16x16, v6e:16x16 (chips along each axis of the torus), or h100:32x8 (hosts x
+        GPUs; also a100, h200, b200).
     batch
         Samples of a step. If 0 the recipe's, raised where some devices would have none.
     expressed
@@ -115,7 +116,7 @@ def _lines(plan: Plan, recipe: Path, overrides: tuple[str, ...]) -> list[str]:
             ("  network", _milliseconds(plan.network_seconds)),
             ("  limit", f"{plan.limit}: at most {plan.share_of_peak:.0%} of peak"),
             ("", ""),
-            ("to train", " ".join(["scfm train", str(recipe), "RUN", *overrides, *plan.flags])),
+            ("to train", _command(recipe, overrides, plan.flags)),
         ]
     else:
         rows += [("", ""), ("DOES NOT FIT", ""), *(("  try", mend) for mend in plan.mends)]
@@ -137,6 +138,14 @@ def _megabytes(number: float) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f} ms"
+
+
+def _command(recipe: Path, overrides: Sequence[str], flags: Sequence[str]) -> str:
+    """What trains as was planned; the corpus is named where the flags name none."""
+    named = any(flag.split("=")[0] == "--corpus" for flag in overrides)
+    corpus = [] if named else ["--corpus", "CORPUS"]
+    command = shlex.join(["scfm", "train", str(recipe), "RUN", *corpus, *overrides])
+    return " ".join([command, *flags])
 
 
 VERBS: dict[str, Callable[..., Any]] = {"plan": plan}

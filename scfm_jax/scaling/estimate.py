@@ -48,7 +48,7 @@ def activation_bytes(config: RunConfig, work: Workload, rows: int) -> float:
     """Bytes that a microbatch of `rows` samples on one device keeps for its backward pass.
 
     Beside what the remat policy keeps, one layer's inner activations are there while it is worked on.
-    Attention is taken to keep what a fused kernel keeps, and a tensor axis to split nothing: an upper bound.
+    Attention is taken to keep what a fused kernel keeps, and a tensor axis to split nothing.
     """
     layers = sum(stack.layers for stack in _stacks(config))
     kept, everything, inputs = (

@@ -21,6 +21,7 @@ _QUIET = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+_MOST = 1 << 15  # devices; every one of them has a place in a list
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Topology:
                 f"{name!r} has {shape[-1]} GPUs behind a switch that holds {accelerator.per_host}",
                 f"write {kind}:HOSTSx{accelerator.per_host}",
             )
+        if prod(shape) > _MOST:
+            raise InputError(
+                "--topology", f"{name!r} has {prod(shape):,} devices", f"ask for {_MOST:,} or fewer"
+            )
         return cls(name, accelerator, shape)
 
     @property
@@ -86,7 +91,9 @@ class Topology:
         for variable, value in _QUIET.items():
             os.environ.setdefault(variable, value)
         try:
-            devices = list(topologies.get_topology_desc(self.name, "tpu").devices)
+            cores = self.accelerator.chip_config
+            options = {"chip_config_name": cores} if cores else {}
+            devices = list(topologies.get_topology_desc(self.name, "tpu", **options).devices)
         except jax.errors.JaxRuntimeError as error:
             reason = str(error).splitlines()[0]
             raise InputError(
@@ -103,7 +110,7 @@ class Topology:
                 "--topology",
                 f"libtpu makes {len(devices)} devices of the {self.chips} chips of {self.name!r}, unlike a "
                 "TPU VM",
-                "plan for v5e, v5p or v6e",
+                "plan for another kind of chip",
             )
         return devices
 

@@ -40,6 +40,8 @@ class Accelerator:
         Bytes a second and device that leave a host's switch; 0 for a torus.
     per_host
         Devices behind one switch; 0 for a torus.
+    chip_config
+        How libtpu is to take a chip's cores, where it would not take them for one device as TPU VMs do.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Accelerator:
     wraps: int = 1
     network: float = 0.0
     per_host: int = 0
+    chip_config: str = ""
 
     @property
     def platform(self) -> str:
@@ -60,7 +63,9 @@ class Accelerator:
 
 
 _TABLE = (
-    Accelerator("v4", ("TPU v4",), 275e12, 32 * _GIB, 1.200e12, axes=3, link=50e9, wraps=4),
+    Accelerator(
+        "v4", ("TPU v4",), 275e12, 32 * _GIB, 1.200e12, axes=3, link=50e9, wraps=4, chip_config="megacore"
+    ),
     Accelerator(
         "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * _GIB), 0.819e12, axes=2, link=50e9, wraps=16
     ),

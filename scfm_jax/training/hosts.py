@@ -10,6 +10,7 @@ import base64
 import itertools
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from scfm_jax.training.mesh import batch_sharding
 from scfm_jax.training.watch import Watch
 
 _JAX_SILENCE = 45  # seconds after which JAX aborts, should the watch have failed
+_JOINING = 300.0  # seconds that a host waits for host 0 to start
 _PATIENCE = 600  # seconds that hosts wait for each other's messages
 _AGREE = 2.0  # seconds, about, between two agreements to go on
 _LAST_PORT = 65_535
@@ -106,6 +108,8 @@ def _initialise(distributed_by: str) -> None:
             jax.distributed.initialize(heartbeat_timeout_seconds=_JAX_SILENCE)
         else:
             address, count, number = _parsed(distributed_by)
+            if number:
+                _wait_for_host_0(address, _JOINING)
             jax.distributed.initialize(
                 address,
                 count,
@@ -122,6 +126,24 @@ def _initialise(distributed_by: str) -> None:
             f"{distributed_by}: no run of several hosts could be joined ({reason})",
             "give ADDRESS:PORT,COUNT,NUMBER, the same address and count on all hosts",
         ) from error
+
+
+def _wait_for_host_0(address: str, seconds: float) -> None:
+    """Wait until somebody listens there: JAX, which waits as long, would abort without a word of ours."""
+    name, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((name.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise InputError(
+                    "--distributed",
+                    f"host 0 does not answer at {address} ({error})",
+                    "start it with the same address, or mend the address",
+                ) from error
+            time.sleep(1)
 
 
 def _parsed(text: str) -> tuple[str, int, int]:

@@ -225,7 +225,7 @@ def test_the_command_prints_a_plan_and_its_json(capsys: pytest.CaptureFixture[st
     status, text, _ = run(capsys, recipe, "--topology", "h100:1x8", "--mesh.tensor", "2")
     assert status == 0
     assert "data 4 x fsdp 1 x tensor 2" in text and "of peak" in text
-    assert f"scfm train {recipe} RUN --mesh.tensor 2" in text
+    assert f"scfm train {recipe} RUN --corpus CORPUS --mesh.tensor 2" in text
     status, text, _ = run(capsys, recipe, "--topology=h100:1x8", "--json", "--batch=64")
     told = json.loads(text)
     assert status == 0 and told["fits"] and told["batch"] == 64

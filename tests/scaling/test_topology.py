@@ -27,6 +27,7 @@ def test_names_are_read() -> None:
         ("v5p:8x8", "does not give the 3 axes of a torus of a v5p"),
         ("v5p:8x8x0", "does not give the 3 axes of a torus of a v5p"),
         ("h100:8", "does not give the hosts x GPUs a host of a h100"),
+        ("h100:999999x8", "has 7,999,992 devices; ask for 32,768 or fewer"),
         ("h100:4x16", "has 16 GPUs behind a switch that holds 8; write h100:HOSTSx8"),
     ],
 )
@@ -40,6 +41,14 @@ def test_a_wrong_name_is_one_line(name: str, told: str) -> None:
 def test_without_libtpu_tpus_are_refused() -> None:
     with pytest.raises(InputError, match=r"needs the compiler of TPUs \(libtpu\).*pip install"):
         _ = Topology.parse("v5p:4x4x4").devices
+
+
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the compiler of TPUs: pip install '.[tpu]'")
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:4x4", "v5p:4x4x4", "v6e:4x4"])
+def test_a_chip_is_a_device(name: str) -> None:
+    topology = Topology.parse(name)
+    assert len(topology.devices) == topology.chips
+    assert accelerator_of(topology.devices[0].device_kind) is topology.accelerator
 
 
 def test_links_of_a_torus() -> None:

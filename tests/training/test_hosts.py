@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import jax
 import pytest
 
 from scfm_jax.errors import InputError
+from scfm_jax.training import hosts
 from scfm_jax.training.config import MeshConfig
 from scfm_jax.training.hosts import equal_share, joined, share_of_batch
 from scfm_jax.training.mesh import make_mesh
@@ -24,6 +26,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What JAX was asked to join, rather than joining it."""
     found: list[tuple[Any, ...]] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **more: found.append(where))
+    monkeypatch.setattr(hosts, "_wait_for_host_0", lambda address, seconds: None)  # nobody is asked
     for name in STEP.keys() | TPU_SLICE.keys() | {"OMPI_COMM_WORLD_SIZE"}:
         monkeypatch.delenv(name, raising=False)
     return found
@@ -82,6 +85,16 @@ def test_a_part_of_a_slice_cannot_be_alone(
         joined(flag),
     ):
         pytest.fail("alone")
+
+
+def test_a_host_0_that_does_not_answer_is_one_line() -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"host 0 does not answer at {address} .*refused.*; start it"):
+            hosts._wait_for_host_0(address, 0.0)
+        closed.listen()
+        hosts._wait_for_host_0(address, 0.0)
 
 
 def test_nothing_to_join_is_one_line(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
