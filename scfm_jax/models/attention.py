@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, Float, Int
 
 from scfm_jax.errors import InputError
 from scfm_jax.models.attention_fused import attend_cudnn, attend_splash
@@ -153,22 +153,18 @@ def _visible(key: Array, lengths: Any, segments: Array | None) -> Array:
     return (segments[:, :, None] == segments[:, None]) & (segments[:, None] > 0)
 
 
-def _half(dtype: DTypeLike) -> bool:
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
-
-
-def _chunked_lacks(asked: Asked) -> str | None:
+def _segments_lack(asked: Asked) -> str | None:
     return "goes by lengths, and the rows are packed" if asked.packed else None
 
 
 def _cudnn_lacks(asked: Asked) -> str | None:
     if asked.platform != "gpu":
         return f"runs on NVIDIA GPUs, and this is a {asked.platform}"
-    if not _half(asked.dtype):
+    if jnp.dtype(asked.dtype) not in (jnp.bfloat16, jnp.float16):
         return f"computes in bfloat16 or float16, and model.dtype is {jnp.dtype(asked.dtype).name}"
     if asked.head_size % 8 or asked.head_size > 128:
         return f"takes heads of 8, 16, ... 128 features, and these have {asked.head_size}"
-    return "goes by lengths, and the rows are packed" if asked.packed else None
+    return _segments_lack(asked)
 
 
 def _splash_lacks(asked: Asked) -> str | None:
@@ -177,7 +173,7 @@ def _splash_lacks(asked: Asked) -> str | None:
 
 IMPLEMENTATIONS: dict[AttentionName, Implementation] = {
     "plain": Implementation(_by_head(attend_pairs, _visible), lambda asked: None),
-    "chunked": Implementation(_by_head(attend_chunks, _real), _chunked_lacks),
+    "chunked": Implementation(_by_head(attend_chunks, _real), _segments_lack),
     "cudnn": Implementation(attend_cudnn, _cudnn_lacks),
     "splash": Implementation(attend_splash, _splash_lacks),
 }

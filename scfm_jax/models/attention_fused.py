@@ -24,12 +24,12 @@ def attend_cudnn(
     """By lengths: a dense mask would be read from memory for every pair. Padding queries give zeros."""
     # A row of no key at all has no softmax: it sees one, and gives zeros.
     seen = jnp.maximum(lengths, 1).astype(jnp.int32)
-    queries = jnp.minimum(seen, query.shape[1]) if query.shape[1] == key.shape[1] else None
+    itself = query.shape[1] == key.shape[1]
     mixed = jax.nn.dot_product_attention(
         query,
         key,
         value,
-        query_seq_lengths=jnp.full_like(seen, query.shape[1]) if queries is None else queries,
+        query_seq_lengths=seen if itself else jnp.full_like(seen, query.shape[1]),
         key_value_seq_lengths=seen,
         implementation="cudnn",
     )
