@@ -28,7 +28,7 @@ from step_batches import Measured, sentence_batch, tissue_batch
 
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.models.flops import training_flops
-from scfm_jax.training.config import RunConfig, load_recipe, override
+from scfm_jax.training.config import MeshConfig, RunConfig, load_recipe, override
 from scfm_jax.training.hardware import accelerator_of
 from scfm_jax.training.mesh import batch_sharding, make_mesh
 from scfm_jax.training.step import make_program
@@ -105,7 +105,8 @@ def ours(name: str, arguments: Arguments, flags: list[str]) -> dict[str, Any]:
     config = override(load_recipe(ROOT / "experiments" / f"{case.recipe}.py"), flags, name)
     measured, n_genes = batch_of(case, config, arguments)
     data = dataclasses.replace(config.data, batch_size=len(measured.batch.weight), virtual_shards=1)
-    config = dataclasses.replace(config, data=data)
+    # One device, whatever pod the recipe is for.
+    config = dataclasses.replace(config, data=data, mesh=MeshConfig())
     mesh = make_mesh(config.mesh)
     learning = make_learning(config, n_genes, np.array([1 << 30]), np.zeros(1, np.int64))
     program = make_program(config, mesh, learning)
