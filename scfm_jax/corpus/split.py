@@ -39,6 +39,12 @@ class SplitConfig:
         Each spatial slide is cut into ``blocks`` columns of equal numbers of cells along x, each column into
         ``blocks`` blocks of equal numbers along y: equal counts, since tissue seldom fills its rectangle. A
         dissociated slide is cut into as many random groups.
+    cut
+        Patterns on names of the slides that are cut into blocks, and so hold test cells; the others are for
+        training as a whole. Empty: all slides.
+    together
+        Patterns on names of slides that overlie each other (planes of one section): those that match one
+        pattern are cut by one grid over all their cells, and a place is held out in all of them.
     n_folds, fold
         The blocks of each slide are dealt to the folds at random; those of ``fold`` are the test cells. Not
         used with ``held_out``.
@@ -55,6 +61,8 @@ class SplitConfig:
 
     held_out: tuple[str, ...] = ()
     blocks: int = 8
+    cut: tuple[str, ...] = ()
+    together: tuple[str, ...] = ()
     n_folds: int = 5
     fold: int = 0
     margin: int = 64
@@ -181,41 +189,64 @@ def _random(config: SplitConfig, name: str, purpose: str) -> np.random.Generator
     return np.random.default_rng([config.seed, *f"{purpose} {name}".encode()])
 
 
+def _pieces(corpus: Corpus, config: SplitConfig) -> list[tuple[str, list[int]]]:
+    """Slides that are cut as one, each with the name that draws its folds, in the order of the slides."""
+    pieces: dict[str, list[int]] = {}
+    for number, slide in enumerate(corpus.slides):
+        shared = (pattern for pattern in config.together if fnmatchcase(slide.name, pattern))
+        pieces.setdefault(next(shared, slide.name), []).append(number)
+    return list(pieces.items())
+
+
 def _split_by_blocks(
     corpus: Corpus, config: SplitConfig
 ) -> tuple[Bool[np.ndarray, " cells"], Bool[np.ndarray, " cells"]]:
     """Which cells are test cells, and which are for training."""
-    is_test, is_train = np.empty((2, corpus.n_cells), bool)
+    is_test, is_train = np.zeros((2, corpus.n_cells), bool)
+    is_cut = _matching(corpus, config.cut, "cut") if config.cut else np.ones(len(corpus.slides), bool)
+    if config.together:
+        _matching(corpus, config.together, "together")
 
-    def split_slide(number: int) -> None:
-        rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+    def split_piece(piece: tuple[str, list[int]]) -> None:
+        name, slides = piece
         dealt = np.arange(config.blocks**2) % config.n_folds
-        fold = _random(config, corpus.slides[number].name, "folds").permutation(dealt)
-        is_test[rows] = (fold == config.fold)[_cut_slide(corpus, config, number)]
-        is_train[rows] = ~(is_test[rows] | _margin(corpus, config, rows.start, is_test[rows]))
+        fold = _random(config, name, "folds").permutation(dealt)
+        for number, block in zip(slides, _cut_piece(corpus, config, slides)):
+            rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+            is_test[rows] = (fold == config.fold)[block] & is_cut[number]
+            is_train[rows] = ~(is_test[rows] | _margin(corpus, config, rows.start, is_test[rows]))
 
-    # Slides know nothing of each other; from a bucket, each waits for its coordinates and its neighbours.
+    # Pieces know nothing of each other; from a bucket, each waits for its coordinates and its neighbours.
     with ThreadPoolExecutor(_SLIDES_AT_ONCE) as pool:
-        for _ in pool.map(split_slide, range(len(corpus.slides))):
+        for _ in pool.map(split_piece, _pieces(corpus, config)):
             pass
     return is_test, is_train
 
 
 def _cut_blocks(corpus: Corpus, config: SplitConfig) -> Int32[np.ndarray, " cells"]:
     block = np.empty(corpus.n_cells, np.int32)
-    for number, rows in enumerate(_slides(corpus)):
-        block[rows] = _cut_slide(corpus, config, number) + number * config.blocks**2
+    for first, (_, slides) in enumerate(_pieces(corpus, config)):
+        for number, of_slide in zip(slides, _cut_piece(corpus, config, slides)):
+            rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+            block[rows] = of_slide + first * config.blocks**2
     return block
 
 
-def _cut_slide(corpus: Corpus, config: SplitConfig, number: int) -> Int64[np.ndarray, " of_slide"]:
-    """Block of each cell of a slide."""
-    slide = corpus.slides[number]
-    if slide.spatial:
-        index = np.arange(slide.start, slide.start + slide.n_cells)
-        return _grid(corpus.column("x", index), corpus.column("y", index), config.blocks)
-    order = _random(config, slide.name, "groups").permutation(slide.n_cells)
-    return order * config.blocks**2 // slide.n_cells
+def _cut_piece(
+    corpus: Corpus, config: SplitConfig, slides: list[int]
+) -> list[Int64[np.ndarray, " of_slide"]]:
+    """Block of each cell of each slide."""
+    ends = np.cumsum([corpus.slides[number].n_cells for number in slides])[:-1]
+    if all(corpus.slides[number].spatial for number in slides):
+        index = np.concatenate([np.arange(*corpus.slide_starts[number : number + 2]) for number in slides])
+        block = _grid(corpus.column("x", index), corpus.column("y", index), config.blocks)
+        return np.split(block, ends)
+    cut = []
+    for number in slides:
+        slide = corpus.slides[number]
+        order = _random(config, slide.name, "groups").permutation(slide.n_cells)
+        cut.append(order * config.blocks**2 // slide.n_cells)
+    return cut
 
 
 def _grid(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], blocks: int) -> Int64[np.ndarray, " n"]:
@@ -231,15 +262,20 @@ def _grid(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], blocks: int) -
     return column * blocks + row
 
 
-def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " slides"]:
+def _matching(corpus: Corpus, patterns: tuple[str, ...], field: str) -> Bool[np.ndarray, " slides"]:
+    """Slides that one of the patterns of a field matches; each must match some."""
     names = [slide.name for slide in corpus.slides]
-    for pattern in config.held_out:
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             mend = f"the slides are {', '.join(names)}"
-            raise InputError(corpus.path, f"split.held_out {pattern!r} matches no slide", mend)
-    held_out = np.array([any(fnmatchcase(name, pattern) for pattern in config.held_out) for name in names])
+            raise InputError(corpus.path, f"split.{field} {pattern!r} matches no slide", mend)
+    return np.array([any(fnmatchcase(name, pattern) for pattern in patterns) for name in names])
+
+
+def _held_out_slides(corpus: Corpus, config: SplitConfig) -> Bool[np.ndarray, " slides"]:
+    held_out = _matching(corpus, config.held_out, "held_out")
     if held_out.all():
-        mend = f"leave some to train on; the slides are {', '.join(names)}"
+        mend = f"leave some to train on; the slides are {', '.join(slide.name for slide in corpus.slides)}"
         raise InputError(corpus.path, f"split.held_out {', '.join(config.held_out)} matches all slides", mend)
     return held_out
 

@@ -205,3 +205,26 @@ def test_cosmx_keeps_the_shares_measured_for_it(tmp_path):
     for context, share in (("shared", 0.76), ("separate", 0.52)):
         splits = [split_cells(cosmx, SplitConfig(fold=fold, context=context)) for fold in range(5)]
         assert np.mean([split.report["cells"]["kept"] for split in splits]) == pytest.approx(share, abs=0.03)
+
+
+def test_slides_that_are_not_cut_are_for_training_as_a_whole(corpus):
+    split = split_cells(corpus, replace(CONFIG, cut=("slide1",)))
+    everything = split_cells(corpus, CONFIG)
+    slide = corpus.slide_of(np.arange(corpus.n_cells))
+    assert np.array_equal(split.is_test, everything.is_test & (slide == 1))
+    assert np.array_equal(split.is_train, everything.is_train | (slide != 1))
+    with pytest.raises(InputError, match="split.cut 'slide9' matches no slide"):
+        split_cells(corpus, replace(CONFIG, cut=("slide9",)))
+
+
+def test_slides_that_overlie_each_other_are_held_out_at_the_same_places(corpus):
+    split = split_cells(corpus, replace(CONFIG, together=("slide[01]",), margin=0))
+    slide = corpus.slide_of(np.arange(corpus.n_cells))
+    both = np.flatnonzero(slide < 2)
+    x = corpus.column("x", both)
+    column = np.argsort(np.argsort(x, kind="stable")) * 4 // len(both)
+    assert np.array_equal(split.block[both] // 4, column)
+    for number in range(16):
+        rows = split.block[both] == number
+        assert len(set(split.is_test[both][rows])) == 1
+    assert set(split.block[both]) == set(range(16)) and not set(split.block[slide >= 2]) & set(range(16))
