@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import anndata
 import jax
@@ -19,14 +20,16 @@ from jaxtyping import Float32, Int64
 from scfm_jax import __version__
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.data.batch import SentenceBatch, TissueBatch
-from scfm_jax.downstream.model import TrainedModel, pooled
+from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.errors import InputError
+from scfm_jax.models.functional import Parameters
+from scfm_jax.models.heads import Pooling, pooled
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig, TissueModel
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig, encode, visible_tokens
+from scfm_jax.objectives.masked_genes import MaskedGenesConfig
 from scfm_jax.reserved_tokens import FIRST_GENE, PAD
 
-Pooling = Literal["mean", "max"]
 PoolOver = Literal["genes", "context", "padding"]
 KEYS: dict[type, str] = {TissueConfig: "X_tissue", NicheformerConfig: "X_nicheformer"}
 
@@ -51,26 +54,89 @@ class EmbeddingConfig:
     layer: int | None = None
 
 
-def embed_batch(
+@dataclass(frozen=True)
+class CellStates:
+    """(parameters, batch) to the hidden states of its tokens, float32, and which are the cell's own (1 or 0).
+
+    Equal ones compute the same, so that what is compiled of one serves another, with other weights.
+
+    Attributes
+    ----------
+    graph
+        Made by `model`, `objective` and `n_genes`.
+    longest
+        Of Nicheformer, the longest sentence.
+    config
+        Which tokens and which layer.
+    """
+
+    graph: nnx.GraphDef = field(compare=False)
+    model: TissueConfig | NicheformerConfig
+    objective: ColumnMaskingConfig | MaskedGenesConfig
+    n_genes: int
+    longest: int
+    config: EmbeddingConfig
+
+    @classmethod
+    def of(cls, model: TrainedModel, config: EmbeddingConfig = EmbeddingConfig()) -> Self:
+        """Those of a trained run.
+
+        Raises
+        ------
+        InputError
+            A choice that the model's family does not have.
+        """
+        run, longest = model.config, 0
+        if isinstance(run.model, NicheformerConfig):
+            _, sentence, _ = run.nicheformer()
+            longest = sentence.length
+            if config.layer is not None and not -run.model.layers <= config.layer < run.model.layers:
+                raise InputError(
+                    "hidden-layer",
+                    f"{run.name} has no layer {config.layer}",
+                    f"choose one from 0 to {run.model.layers - 1}, or from the end, -1 the last",
+                )
+            if config.over == "padding" and sentence.niche_neighbours:
+                raise InputError(
+                    run.name, "reads niches, which the released code's pooling lacks", "pool over genes"
+                )
+        elif config.over != "genes" or config.layer is not None:
+            raise InputError(
+                run.name, "pools the last layer over genes alone", "leave --over and --hidden-layer out"
+            )
+        return cls(model.graph, run.model, run.objective, len(model.vocabulary), longest, config)
+
+    def __call__(
+        self, parameters: Parameters, batch: Any
+    ) -> tuple[Float32[jax.Array, "b s d"], Float32[jax.Array, "b s"]]:
+        module = nnx.merge(self.graph, parameters)
+        if isinstance(self.model, TissueConfig):
+            assert isinstance(self.objective, ColumnMaskingConfig)
+            coordinates = self.model.positions == "coordinates"
+            return tissue_states(module, batch, self.objective, n_genes=self.n_genes, coordinates=coordinates)
+        return sentence_states(module, batch, self.config, self.longest)
+
+
+def tissue_states(
     module: TissueModel,
     batch: TissueBatch,
     objective: ColumnMaskingConfig,
     *,
     n_genes: int,
     coordinates: bool,
-    pooling: Pooling,
-) -> Float32[jax.Array, "b d"]:
-    """Embeddings of the centres of a batch: their gene tokens pooled, unmasked, without depth tokens."""
+) -> tuple[Float32[jax.Array, "b s d"], Float32[jax.Array, "b s"]]:
+    """Hidden states of a batch, unmasked, and which are of the centre's genes: not its depth tokens."""
     tokens = visible_tokens(batch, None, objective, n_genes)
     hidden = encode(module, batch, tokens, coordinates)
     centre = (tokens.cells == 0) & (tokens.genes < n_genes)
-    return pooled(hidden.astype(jnp.float32), centre.astype(jnp.float32), pooling)
+    return hidden.astype(jnp.float32), centre.astype(jnp.float32)
 
 
-def embed_sentences(
+def sentence_states(
     module: Nicheformer, batch: SentenceBatch, config: EmbeddingConfig, length: int
-) -> Float32[jax.Array, "b d"]:
-    """Embeddings of the cells of a batch of Nicheformer, unmasked; `length` is the longest sentence's."""
+) -> tuple[Float32[jax.Array, "b s d"], Float32[jax.Array, "b s"]]:
+    """Hidden states of a batch of Nicheformer, unmasked, and which are pooled over; `length` is the longest
+    sentence's."""
     tokens, positions, segments = batch.tokens, batch.positions, batch.segments
     if config.over == "padding":
         tokens = jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=PAD)
@@ -82,7 +148,28 @@ def embed_sentences(
         "padding": (tokens >= FIRST_GENE) | (tokens == PAD),
     }[config.over]
     hidden = module.encode(tokens, positions, segments, batch.lengths, layer=config.layer)
-    return pooled(hidden.astype(jnp.float32), chosen.astype(jnp.float32), config.pooling)
+    return hidden.astype(jnp.float32), chosen.astype(jnp.float32)
+
+
+def embed_batch(
+    module: TissueModel,
+    batch: TissueBatch,
+    objective: ColumnMaskingConfig,
+    *,
+    n_genes: int,
+    coordinates: bool,
+    pooling: Pooling,
+) -> Float32[jax.Array, "b d"]:
+    """Embeddings of the centres of a batch: their gene tokens pooled, unmasked, without depth tokens."""
+    states = tissue_states(module, batch, objective, n_genes=n_genes, coordinates=coordinates)
+    return pooled(*states, pooling)
+
+
+def embed_sentences(
+    module: Nicheformer, batch: SentenceBatch, config: EmbeddingConfig, length: int
+) -> Float32[jax.Array, "b d"]:
+    """Embeddings of the cells of a batch of Nicheformer, unmasked; `length` is the longest sentence's."""
+    return pooled(*sentence_states(module, batch, config, length), config.pooling)
 
 
 def embed_cells(
@@ -93,7 +180,7 @@ def embed_cells(
     config: EmbeddingConfig = EmbeddingConfig(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Float32[np.ndarray, "n d"]:
-    """Embeddings of cells of a corpus, as `embed_batch` or `embed_sentences` makes them.
+    """Embeddings of cells of a corpus, pooled from `CellStates`.
 
     Parameters
     ----------
@@ -113,53 +200,19 @@ def embed_cells(
     InputError
         A choice that the model's family does not have.
     """
-    run, width = _embedder(model, config)
-    jitted = jax.jit(run)
-    embedded = np.empty((len(cells), width), np.float32)
+    embed = _compiled(CellStates.of(model, config))
+    embedded = np.empty((len(cells), model.width), np.float32)
     done = 0
     for rows, batch in model.batches(corpus, cells, rates=None):
-        embedded[rows] = np.asarray(jitted(model.parameters, batch))[: len(rows)]
+        embedded[rows] = np.asarray(embed(model.parameters, batch))[: len(rows)]
         done += len(rows)
         progress(done, len(cells))
     return embedded
 
 
-def _embedder(model: TrainedModel, config: EmbeddingConfig) -> tuple[Callable[[Any, Any], jax.Array], int]:
-    """(parameters, batch) to embeddings, and their width."""
-    if isinstance(model.config.model, NicheformerConfig):
-        niche_model, sentence, _ = model.config.nicheformer()
-        if config.layer is not None and not -niche_model.layers <= config.layer < niche_model.layers:
-            raise InputError(
-                "hidden-layer",
-                f"{model.config.name} has no layer {config.layer}",
-                f"choose one from 0 to {niche_model.layers - 1}, or from the end, -1 the last",
-            )
-        if config.over == "padding" and sentence.niche_neighbours:
-            raise InputError(
-                model.config.name, "reads niches, which the released code's pooling lacks", "pool over genes"
-            )
-        return (
-            lambda parameters, batch: embed_sentences(
-                nnx.merge(model.graph, parameters), batch, config, sentence.length
-            ),
-            niche_model.width,
-        )
-    geometry, _, objective = model.config.tissue()
-    if config.over != "genes" or config.layer is not None:
-        raise InputError(
-            model.config.name, "pools the last layer over genes alone", "leave --over and --hidden-layer out"
-        )
-    return (
-        lambda parameters, batch: embed_batch(
-            nnx.merge(model.graph, parameters),
-            batch,
-            objective,
-            n_genes=len(model.vocabulary),
-            coordinates=model.coordinates,
-            pooling=config.pooling,
-        ),
-        geometry.encoder.width,
-    )
+@functools.lru_cache(maxsize=16)
+def _compiled(states: CellStates) -> Callable[[Parameters, Any], jax.Array]:
+    return jax.jit(lambda parameters, batch: pooled(*states(parameters, batch), states.config.pooling))
 
 
 def _normalisation(model: TrainedModel) -> dict[str, Any]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import jax
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import Batch
@@ -18,6 +18,7 @@ from scfm_jax.data.ranks import RankConfig, TokenMask
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import parameters_hash
+from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.training.run import Weights, restore_weights
 
 
@@ -33,6 +34,34 @@ class TrainedModel(Weights):
     def coordinates(self) -> bool:
         model, _, _ = self.config.tissue()
         return model.positions == "coordinates"
+
+    @property
+    def width(self) -> int:
+        """Features of a hidden state."""
+        model = self.config.model
+        return model.width if isinstance(model, NicheformerConfig) else model.encoder.width
+
+    def with_neighbours(self, k: int) -> TrainedModel:
+        """The same weights with `k` neighbours a cell.
+
+        Raises
+        ------
+        InputError
+            `k` is negative, or the model reads no neighbours.
+        """
+        sample = self.config.data.sample
+        if k < 0 or (isinstance(sample, RankConfig) and (k > 0) != (sample.niche_neighbours > 0)):
+            raise InputError(
+                self.config.name,
+                f"cannot read {k} neighbours, it was made for {sample.stored_neighbours}",
+                "leave their number out",
+            )
+        changed = (
+            replace(sample, niche_neighbours=k)
+            if isinstance(sample, RankConfig)
+            else replace(sample, neighbours=k)
+        )
+        return replace(self, config=replace(self.config, data=replace(self.config.data, sample=changed)))
 
     def batches(
         self,
@@ -83,13 +112,3 @@ def open_model(folder: Path, *, checkpoint: Literal["best", "last"] = "best") ->
         No run there, or one without a checkpoint.
     """
     return TrainedModel(**vars(restore_weights(folder, checkpoint)))
-
-
-def pooled(
-    hidden: Float32[jax.Array, "b s d"], chosen: Float32[jax.Array, "b s"], pooling: str
-) -> Float32[jax.Array, "b d"]:
-    """Mean or maximum of the `chosen` tokens (1 or 0); zeros for a row without any."""
-    if pooling == "max":
-        highest = jax.numpy.where(chosen[..., None] > 0, hidden, -jax.numpy.inf).max(1)
-        return jax.numpy.where(chosen.sum(1, keepdims=True) > 0, highest, 0.0)
-    return (hidden * chosen[..., None]).sum(1) / jax.numpy.maximum(chosen.sum(1, keepdims=True), 1.0)

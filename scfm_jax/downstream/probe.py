@@ -100,7 +100,7 @@ def probe(
             steps.append(PCA(min(n_components, len(rows), features_train.shape[1]), random_state=seed))
         return make_pipeline(*steps).fit(features_train[rows])
 
-    fit, held_out = _split_blocks(labels_train, blocks_train, seed)
+    fit, held_out = split_blocks(labels_train, blocks_train, seed)
     reduce = reduced(fit)
     x_fit, x_held_out = reduce.transform(features_train[fit]), reduce.transform(features_train[held_out])
     scores = [
@@ -152,14 +152,36 @@ def _regression(strength: float) -> LogisticRegression:
     return LogisticRegression(C=strength, max_iter=2000)
 
 
-def _split_blocks(
-    labels: Shaped[np.ndarray, " n"], blocks: Int[np.ndarray, " n"], seed: int
+def split_blocks(
+    labels: Shaped[np.ndarray, " n"] | None,
+    blocks: Int[np.ndarray, " n"],
+    seed: int,
+    share: float = VALIDATION_SHARE,
 ) -> tuple[Int[np.ndarray, " f"], Int[np.ndarray, " v"]]:
-    """Rows to fit on, and rows of other blocks to choose on: the draw of several that keeps most classes."""
+    """Rows to fit on, and rows of other blocks to choose on.
+
+    Parameters
+    ----------
+    labels
+        Classes: of several draws that which keeps most of them to fit on is taken. None: the first draw.
+    blocks
+        Spatial block of each row.
+    seed
+        Of the draws.
+    share
+        Of the blocks, to choose on.
+
+    Raises
+    ------
+    InputError
+        One block, or one class to fit on.
+    """
     if len(np.unique(blocks)) < 2:
         raise InputError("blocks_train", "all training cells lie in one block", "give at least two blocks")
-    draws = GroupShuffleSplit(n_splits=16, test_size=VALIDATION_SHARE, random_state=seed)
-    classes = [(len(np.unique(labels[fit])), fit, held) for fit, held in draws.split(labels, groups=blocks)]
+    draws = GroupShuffleSplit(n_splits=16, test_size=share, random_state=seed).split(blocks, groups=blocks)
+    if labels is None:
+        return next(draws)
+    classes = [(len(np.unique(labels[fit])), fit, held) for fit, held in draws]
     n_classes, fit, held_out = max(classes, key=lambda draw: draw[0])
     if n_classes < 2:
         raise InputError("labels_train", "the blocks to fit on hold one class", "give more blocks or cells")
