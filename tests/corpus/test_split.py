@@ -213,7 +213,7 @@ def test_slides_that_are_not_cut_are_for_training_as_a_whole(corpus):
     slide = corpus.slide_of(np.arange(corpus.n_cells))
     assert np.array_equal(split.is_test, everything.is_test & (slide == 1))
     assert np.array_equal(split.is_train, everything.is_train | (slide != 1))
-    with pytest.raises(InputError, match="split.cut 'slide9' matches no slide"):
+    with pytest.raises(InputError, match=r"split\.cut 'slide9' matches no slide"):
         split_cells(corpus, replace(CONFIG, cut=("slide9",)))
 
 

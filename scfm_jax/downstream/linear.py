@@ -1,0 +1,167 @@
+"""Linear models of a task: the probe of an embedding, and the baselines on expression.
+
+Both are one function of features, so that an embedding and expression get the same penalty grid, the same
+choice and the same regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, Num
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from scfm_jax.downstream.question import Question
+from scfm_jax.downstream.scores import HIGHER_IS_BETTER, PRIMARY, Kind, score
+from scfm_jax.errors import InputError
+
+# Inverse penalties, the strongest first.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+CHOOSING_FOLDS = 4
+
+
+def linear_answer(
+    features: Float[np.ndarray, "n d"],
+    question: Question,
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> tuple[Float32[np.ndarray, "m ..."], float]:
+    """Fit standardised features of the training cells, and answer for the test cells.
+
+    Classes by multinomial logistic regression, values by ridge regression, compositions by ridge regression
+    whose answers are cut off at 0 and divided by their sum. The penalty is the best by the task's primary
+    score over training blocks held out in turn, each time without the cells beside them, for a neighbour of
+    what is fitted says too little of the penalty that a distant test cell wants.
+
+    Parameters
+    ----------
+    features
+        One row for every cell of the cohort; a row of NaN (a cell that a model cannot see) gets the training
+        cells' mean.
+    question
+        The task in a fold.
+    strengths
+        Inverse penalties C to choose from, the strongest penalty first.
+    seed
+        Of the blocks held out.
+
+    Returns
+    -------
+    The answers (see `scores` for their shapes), and the chosen strength.
+
+    Raises
+    ------
+    InputError
+        Training cells in one block, or features that are missing in all training cells.
+    """
+    features = _filled(features, question)
+    train, test = question.fold.train, question.fold.test
+    x, y = features[train], question.to_learn
+    best = strengths[0]
+    if len(strengths) > 1:
+        held, answers = _answers_of_held_out(x, question, strengths, seed)
+        name = PRIMARY[question.kind]
+        sign = 1 if HIGHER_IS_BETTER[name] else -1
+        scores = [sign * score(question.kind, y[held], answer[held])[name] for answer in answers]
+        best = strengths[int(np.argmax(scores))]
+    return _fit_and_answer(question.kind, x, y, features[test], best, len(question.classes)), best
+
+
+def constant_answer(question: Question) -> Float32[np.ndarray, "m ..."]:
+    """What says nothing of a cell: shares of the training classes, the training median, the mean composition.
+
+    The likeliest class of it is the majority's.
+    """
+    y, m = question.to_learn, len(question.fold.test)
+    if question.kind == "value":
+        return np.full(m, np.median(y), np.float32)
+    if question.kind == "classes":
+        shares = np.bincount(y, minlength=len(question.classes)) / len(y)
+    else:
+        shares = y.mean(0, dtype=np.float64)
+    return np.tile(shares.astype(np.float32), (m, 1))
+
+
+def _filled(features: Float[np.ndarray, "n d"], question: Question) -> Float[np.ndarray, "n d"]:
+    missing = ~np.isfinite(features).all(1)
+    if not missing.any():
+        return features
+    seen = np.setdiff1d(question.fold.train, np.flatnonzero(missing))
+    if not len(seen):
+        raise InputError(
+            f"fold {question.fold.name}",
+            "the features of all training cells are missing",
+            "use another model",
+        )
+    return np.where(missing[:, None], features[seen].mean(0), features)
+
+
+def _answers_of_held_out(
+    x: Float[np.ndarray, "t d"], question: Question, strengths: Sequence[float], seed: int
+) -> tuple[Bool[np.ndarray, " t"], list[Float32[np.ndarray, "t ..."]]]:
+    """Which training cells were held out in turn, and what each strength answers for them."""
+    y = question.to_learn
+    shape = (len(y), len(question.classes)) if question.kind == "classes" else y.shape
+    answers = [np.zeros(shape, np.float32) for _ in strengths]
+    done = np.zeros(len(y), bool)
+    for fit, held in _choosing_splits(question, seed):
+        for answer, strength in zip(answers, strengths, strict=True):
+            answer[held] = _fit_and_answer(
+                question.kind, x[fit], y[fit], x[held], strength, len(question.classes)
+            )
+        done[held] = True
+    if not done.any():
+        raise InputError(
+            f"fold {question.fold.name}",
+            "its training cells leave nothing to choose a penalty on",
+            "give smaller or more blocks",
+        )
+    return done, answers
+
+
+def _choosing_splits(
+    question: Question, seed: int
+) -> Iterator[tuple[Int64[np.ndarray, " f"], Int64[np.ndarray, " v"]]]:
+    """Rows of the training cells to fit on, and whole blocks of them held out, with a margin between."""
+    train = question.fold.train
+    blocks = question.block[train]
+    n_blocks = len(np.unique(blocks))
+    if n_blocks < 2:
+        raise InputError(
+            f"fold {question.fold.name}", "all training cells lie in one block", "give at least two blocks"
+        )
+    near = question.near[train]
+    folds = GroupKFold(min(CHOOSING_FOLDS, n_blocks), shuffle=True, random_state=seed)
+    for fit, held in folds.split(train, groups=blocks):
+        is_held = np.zeros(len(question.block), bool)
+        is_held[train[held]] = True
+        apart = fit[~(is_held[near[fit]] & (near[fit] >= 0)).any(1)]
+        y = question.to_learn[apart]
+        if len(apart) and (question.kind != "classes" or len(np.unique(y)) > 1):
+            yield apart, held
+
+
+def _fit_and_answer(
+    kind: Kind,
+    x: Float[np.ndarray, "t d"],
+    y: Num[np.ndarray, "t ..."],
+    x_test: Float[np.ndarray, "m d"],
+    strength: float,
+    n_classes: int,
+) -> Float32[np.ndarray, "m ..."]:
+    if kind == "classes":
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000)).fit(x, y)
+        probabilities = np.zeros((len(x_test), n_classes), np.float32)
+        probabilities[:, model[-1].classes_] = model.predict_proba(x_test)
+        return probabilities
+    answer = make_pipeline(StandardScaler(), Ridge(1 / strength)).fit(x, y).predict(x_test)
+    if kind == "composition":
+        answer = np.maximum(answer, 0)
+        total = answer.sum(1, keepdims=True)
+        answer = np.where(total > 0, answer / np.maximum(total, 1e-9), y.mean(0))
+    return answer.astype(np.float32)
