@@ -220,22 +220,37 @@ def paired_bootstrap(
         [np.bincount(code, weights=x) for x in (errors_a.total, errors_b.total, errors_a.weight)], axis=1
     )
     sums = sums[sums[:, 2] > 0]
-    n_blocks = len(sums)
-    if n_blocks < 2:
-        raise InputError("paired_bootstrap", f"{n_blocks} block with scored entries", "give smaller blocks")
-    if n_blocks < FEW_BLOCKS:
-        warnings.warn(
-            f"bootstrap over {n_blocks} blocks: its intervals are too narrow; give smaller blocks",
-            DataWarning,
-            stacklevel=2,
-        )
-    draws = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=n_draws)
+    draws = block_draws(len(sums), n_draws, seed)
     a, b, weight = (np.vstack([sums.sum(0), draws @ sums])).T
     with np.errstate(divide="ignore", invalid="ignore"):  # a perfect B has no ratio
         ratio, difference = a / b, (a - b) / weight
     ratio_low, ratio_high = np.quantile(ratio[1:], [0.025, 0.975])
     low, high = np.quantile(difference[1:], [0.025, 0.975])
     return Paired(*map(float, (ratio[0], ratio_low, ratio_high, difference[0], low, high)))
+
+
+def block_draws(n_blocks: int, n_draws: int, seed: int) -> Int[np.ndarray, "draws blocks"]:
+    """How often each block of tissue is in each bootstrap draw: blocks are drawn with replacement.
+
+    Raises
+    ------
+    InputError
+        Fewer than two blocks.
+
+    Warns
+    -----
+    DataWarning
+        Below 10 blocks, where percentile intervals are too narrow.
+    """
+    if n_blocks < 2:
+        raise InputError("bootstrap", f"{n_blocks} block with scored cells", "give smaller blocks")
+    if n_blocks < FEW_BLOCKS:
+        warnings.warn(
+            f"bootstrap over {n_blocks} blocks: its intervals are too narrow; give smaller blocks",
+            DataWarning,
+            stacklevel=3,
+        )
+    return np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=n_draws)
 
 
 def _parts(

@@ -9,12 +9,13 @@ import scipy.sparse as sp
 from jaxtyping import Float, Float32, Float64, Int, Shaped
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GroupShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scfm_jax.downstream.baselines import neighbour_mean
+from scfm_jax.downstream.scores import macro_f1
 from scfm_jax.errors import InputError
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
@@ -116,11 +117,7 @@ def probe(
         probabilities=model.predict_proba(x_test),
         classes=model.classes_,
         accuracy=float(accuracy_score(labels_test, predictions)),
-        macro_f1=float(
-            f1_score(
-                labels_test, predictions, labels=np.unique(labels_test), average="macro", zero_division=0
-            )
-        ),
+        macro_f1=macro_f1(labels_test, predictions),
         strength=strength,
     )
 
