@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ INK = "#22282e"
 # The palest blue of matplotlib's map is lost on white.
 BLUES = LinearSegmentedColormap.from_list("blues", mpl.colormaps["Blues"](np.linspace(0.2, 1, 256)))
 DPI = 160
+WIDTH = 4.4  # inches, of a figure that is read on a phone
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -136,10 +136,9 @@ def draw_agreement(
     figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8.5)
 
 
-def legend_below(figure: Figure, handles: Sequence[Line2D], *, columns: int, **style: Any) -> int:
-    """A legend under the panels; returns its number of rows."""
+def legend_below(figure: Figure, handles: Sequence[Line2D], *, columns: int, **style: Any) -> None:
+    """A legend under the panels."""
     columns = max(1, min(len(handles), columns))
     figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=columns, handletextpad=0.2, **style
+        handles=list(handles), loc="outside lower center", ncols=columns, **{"handletextpad": 0.2, **style}
     )
-    return math.ceil(len(handles) / columns)

@@ -104,7 +104,7 @@ def _table_html(table: Table) -> str:
         )
 
     return (
-        f'<div class="table"><table><caption>{html.escape(table.caption)}</caption>'
+        f'<div class="table"><table><caption><span>{html.escape(table.caption)}</span></caption>'
         f"<thead>{line('th', table.header)}</thead>"
         f"<tbody>{''.join(line('td', row) for row in table.rows)}</tbody></table></div>"
     )
@@ -169,7 +169,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light; }}
-body {{ margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 58rem; background: #fff; color: #22282e;
+body {{ margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 74rem; background: #fff; color: #22282e;
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: break-word; }}
 h1 {{ font-size: 1.7rem; line-height: 1.25; font-weight: 650; margin: 0 0 1rem; }}
 h2 {{ font-size: 1.1rem; font-weight: 650; margin: 2.75rem 0 .75rem; }}
@@ -179,24 +179,30 @@ figure {{ margin: 0; flex: 1 1 16rem; min-width: 0; }}
 img {{ display: block; width: 100%; height: auto; }}
 figcaption {{ max-width: 42rem; margin-top: .5rem; font-size: .9rem; color: #5b646c; }}
 .table {{ overflow-x: auto; margin-top: 1.5rem; }}
-table {{ border-collapse: collapse; font-size: .92rem; min-width: 60%; }}
+table {{ border-collapse: collapse; font-size: .88rem; min-width: 60%; }}
 caption {{ text-align: left; padding-bottom: .5rem; font-weight: 600; }}
-th, td {{ text-align: left; padding: .4rem 1.5rem .4rem 0; border-bottom: 1px solid #e3e8ec;
+caption span {{ display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem); }}
+th, td {{ text-align: left; padding: .4rem 1rem .4rem 0; border-bottom: 1px solid #e3e8ec;
   white-space: nowrap; }}
 th {{ border-bottom: 1.5px solid #8a939b; font-weight: 600; font-size: .85rem; color: #5b646c;
   vertical-align: bottom; }}
 tr > :first-child {{ position: sticky; left: 0; background: #fff; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-.mark {{ font-size: .78rem; padding: .05rem .35rem; border: 1px solid #8a939b; border-radius: .25rem; }}
+td:last-child:not(.number) {{ white-space: normal; min-width: 9rem; }}
+.mark {{ font-size: .85em; white-space: nowrap; padding: 0 .3em; border: 1px solid #8a939b;
+  border-radius: .25rem; }}
 @media (max-width: 36rem) {{ body {{ padding: 1.5rem 1rem 3rem; }} h1 {{ font-size: 1.4rem; }}
   th, td {{ padding-right: .9rem; }}
   tr > :first-child {{ white-space: normal; min-width: 8rem; max-width: 9.5rem; }} }}
 @media print {{ body {{ max-width: none; padding: 0; font-size: 10pt; }} .table {{ overflow: visible; }}
-  table {{ font-size: 8pt; width: 100%; }} th, td {{ white-space: normal; padding-right: .6rem; }}
-  th {{ font-size: 7.5pt; }} thead {{ display: table-header-group; }}
+  table {{ font-size: 7.5pt; }} th, td {{ white-space: normal; padding-right: .5rem; }}
+  td.number {{ white-space: nowrap; }} th {{ font-size: 7pt; }}
+  td:last-child:not(.number) {{ min-width: 0; }} caption span {{ max-width: none; }}
+  thead {{ display: table-header-group; }}
   tr > :first-child {{ position: static; }}
   .panels {{ display: block; }} figure {{ display: inline-block; width: 48%; vertical-align: top; }}
   figure:only-child {{ width: 100%; }}
+  figure:first-child:nth-last-child(3), figure:first-child:nth-last-child(3) ~ figure {{ width: 32%; }}
   img {{ width: auto; max-width: 100%; max-height: 20cm; }}
   tr, figure {{ break-inside: avoid; }} h2, caption {{ break-after: avoid; }} }}
 </style>
