@@ -19,8 +19,9 @@ from scfm_jax.downstream.imputation import (
     predict_masked,
 )
 from scfm_jax.downstream.model import TrainedModel, open_model
+from scfm_jax.downstream.page import Table
 from scfm_jax.downstream.probe import Probe, own_and_neighbour_features, probe
-from scfm_jax.downstream.report import Predictions, Table, Tissue, write_report
+from scfm_jax.downstream.report import Predictions, Tissue, write_report
 from scfm_jax.errors import InputError
 from scfm_jax.simulate import SimulationConfig, simulate
 from scfm_jax.training.config import RunConfig

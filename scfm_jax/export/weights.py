@@ -47,18 +47,16 @@ from scfm_jax.export.nicheformer import (
 )
 from scfm_jax.export.tissue import TISSUE
 from scfm_jax.genes import Vocabulary
-from scfm_jax.models.functional import abstract, initialise, parameters_hash
+from scfm_jax.models.functional import initialise, parameters_hash
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig
-from scfm_jax.training.checkpoint import Checkpoints
 from scfm_jax.training.config import RunConfig
-from scfm_jax.training.optimiser import make_optimiser
 from scfm_jax.training.run import (
     MEANS,
-    describe_run,
     read_run,
     restore_parameters,
     save_technology_means,
+    write_weights,
 )
 from scfm_jax.training.task import model_builder
 
@@ -133,14 +131,8 @@ def import_run(
             path / VOCAB, "names other genes than the vocabulary given", "leave one of the two out"
         )
     vocabulary = vocabulary or named
-    build = model_builder(config, n_genes)
     published = jax.tree.map(jnp.asarray, family.from_published(source.tensors, config, n_genes))
-    parameters = {**initialise(build, jax.random.key(config.seed)), **published}
-    state = {
-        "parameters": parameters,
-        "optimiser": make_optimiser(config.optimiser, abstract(build)[2]).init(parameters),
-        "step": jnp.zeros((), jnp.int32),
-    }
+    parameters = {**initialise(model_builder(config, n_genes), jax.random.key(config.seed)), **published}
     own = {name for name in shapes if not name.endswith(family.optional)}
     origin = {
         "form": source.form,
@@ -152,15 +144,13 @@ def import_run(
     }
     with new_path(run) as scratch:
         scratch.mkdir()
-        describe_run(scratch, config, vocabulary, "")
+        write_weights(scratch, config, vocabulary, n_genes, parameters)
         (scratch / _ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
         verbatim = {name: tensor for name, tensor in source.tensors.items() if name not in own}
         save_file(verbatim, scratch / _VERBATIM)
         if source.rest is not None:
             save_pickle(scratch / _REST, source.rest)
         save_technology_means(scratch, {**means, **given})
-        with Checkpoints(scratch / "checkpoints") as checkpoints:
-            checkpoints.save(0, state)
     return sum(source.tensors[name].size for name in own)
 
 

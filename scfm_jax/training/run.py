@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -211,6 +212,27 @@ def restore_parameters(
             raise InputError(folder, "has no checkpoint yet", "train it first")
         restored = checkpoints.restore(step, abstract_state(state, jax.tree.map(lambda _: place, state)))
     return graph, restored["parameters"], step
+
+
+def write_weights(
+    folder: Path,
+    config: RunConfig,
+    vocabulary: Vocabulary | None,
+    n_genes: int,
+    parameters: Parameters,
+    *,
+    step: int = 0,
+) -> None:
+    """Write weights that no training made into `folder` as a run directory, whose optimiser starts anew."""
+    describe_run(folder, config, vocabulary, "")
+    names = abstract(model_builder(config, n_genes))[2]
+    state = {
+        "parameters": parameters,
+        "optimiser": make_optimiser(config.optimiser, names).init(parameters),
+        "step": jnp.asarray(step, jnp.int32),
+    }
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(step, state)
 
 
 def initial_parameters(config: RunConfig, corpus: Corpus, like: Any) -> Any:

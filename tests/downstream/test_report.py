@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from scfm_jax.downstream.report import PALETTE, Predictions, Table, Tissue, write_report
+from scfm_jax.downstream.drawing import PALETTE
+from scfm_jax.downstream.page import Table
+from scfm_jax.downstream.report import Predictions, Tissue, write_report
 from scfm_jax.errors import InputError
 
 HISTORY = [{"step": s, "loss": 2.0 - s / 100} for s in range(0, 100, 2)] + [
