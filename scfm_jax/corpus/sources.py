@@ -127,11 +127,14 @@ def read_sources(toml_path: str | Path) -> list[Source]:
         raise InputError(
             toml_path, f"it holds {found}", "give one [[source]] table for each file, and nothing else"
         )
-    return [_source_from_table(toml_path, number, entry) for number, entry in enumerate(entries, 1)]
+    return [
+        source_from_table(f"{toml_path} [[source]] {number}", toml_path.parent, entry)
+        for number, entry in enumerate(entries, 1)
+    ]
 
 
-def _source_from_table(toml_path: Path, number: int, table: dict[str, Any]) -> Source:
-    where = f"{toml_path} [[source]] {number}"
+def source_from_table(where: str, folder: Path, table: dict[str, Any]) -> Source:
+    """A source from a table of a TOML file in `folder`; `where` names the table in messages."""
     known = [field.name for field in fields(Source)]
     for name in table:
         if name not in known:
@@ -146,7 +149,7 @@ def _source_from_table(toml_path: Path, number: int, table: dict[str, Any]) -> S
         n: tuple(value) if isinstance(value, list) else value for n, value in table.items()
     }
     for name in {"path", "cells"} & set(read):
-        read[name] = str(toml_path.parent / read[name])
+        read[name] = str(folder / read[name])
     return Source(**read)
 
 

@@ -1,0 +1,202 @@
+"""A head over a cell and the set of its neighbours, each embedded alone: what it costs does not grow with k.
+
+A Deep Set (Zaheer et al. 2017): every cell's embedding goes through one small network, the neighbours'
+results are averaged, and a second network reads the cell's own result beside that mean. The encoder stays as
+it is, so that every cell is embedded once, whatever the number of neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Float32, Int
+
+from scfm_jax.downstream.finetune import cell_losses, loss_targets
+from scfm_jax.downstream.finetuned import FinetuneConfig
+from scfm_jax.downstream.question import Question
+from scfm_jax.errors import InputError, check_least
+from scfm_jax.models.functional import Parameters
+
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class NeighbourhoodConfig:
+    """The head and how it is trained.
+
+    Attributes
+    ----------
+    neighbours
+        k, those that are averaged.
+    width
+        Of both networks' hidden layers.
+    dropout
+        Share of the hidden features that training drops.
+    epochs, batch_size, peak_rate, weight_decay
+        AdamW, the rate in one cycle; the number of epochs is fixed, nothing is chosen on the way.
+    label_smoothing, balanced
+        Of classes, as in `FinetuneConfig`.
+    """
+
+    neighbours: int = 16
+    width: int = 64
+    dropout: float = 0.3
+    epochs: int = 6
+    batch_size: int = 128
+    peak_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    label_smoothing: float = 0.1
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "neighbours", "dropout", "weight_decay", "label_smoothing")
+        check_least(self, 1, "width", "epochs", "batch_size")
+
+
+def neighbourhood_answer(
+    features: Float[np.ndarray, "n d"], question: Question, config: NeighbourhoodConfig, *, seed: int = 0
+) -> tuple[Float32[np.ndarray, "m ..."], list[dict[str, float]], int]:
+    """Train the head on the training cells, and answer for the test cells.
+
+    Parameters
+    ----------
+    features
+        An embedding of every cell of the cohort, made of the cell alone; standardised here by training cells.
+    question
+        The task in a fold; it must hold the neighbours that `config` wants.
+    config
+        The head.
+    seed
+        Of weights, order and dropout.
+
+    Returns
+    -------
+    The answers, the loss of every epoch, and the number of weights.
+
+    Raises
+    ------
+    InputError
+        Features that are not finite, fewer neighbours than asked for, or a loss that is not finite.
+    """
+    if question.near.shape[1] < config.neighbours:
+        problem = f"holds {question.near.shape[1]} neighbours of the {config.neighbours} asked for"
+        raise InputError("neighbourhood head", problem, "lower neighbours")
+    if not np.isfinite(features).all():
+        raise InputError("features", "some are not finite", "use a model that knows genes of every cell")
+    train, test = question.fold.train, question.fold.test
+    mean, spread = features[train].mean(0), np.maximum(features[train].std(0), 1e-6)
+    x = jnp.asarray((features - mean) / spread, jnp.float32)
+    near = jnp.asarray(question.near[:, : config.neighbours], jnp.int32)
+    losses = FinetuneConfig(label_smoothing=config.label_smoothing, balanced=config.balanced)
+    outputs = len(question.classes) or 1
+    goals, weights, (middle, scale) = loss_targets(question.to_learn, question.kind, outputs, losses)
+
+    size = min(config.batch_size, len(train))
+    steps = len(train) // size
+    rate = optax.cosine_onecycle_schedule(config.epochs * steps, config.peak_rate)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(_CLIP), optax.adamw(rate, weight_decay=config.weight_decay)
+    )
+    key = jax.random.key(seed)
+
+    def loss(
+        head: Parameters,
+        rows: Int[Array, " b"],
+        goal: Float[Array, "b o"],
+        weight: Float[Array, " b"],
+        key: Array,
+    ) -> jax.Array:
+        said = apply_neighbourhood(head, x, near, rows, dropout=config.dropout, key=key)
+        return cell_losses(said, goal, question.kind).sum() / weight.sum()
+
+    @jax.jit
+    def epoch(state: tuple[Parameters, optax.OptState], inputs: tuple[Array, ...]) -> tuple[tuple, jax.Array]:
+        def step(
+            state: tuple[Parameters, optax.OptState], inputs: tuple[Array, ...]
+        ) -> tuple[tuple, jax.Array]:
+            head, moments = state
+            value, gradients = jax.value_and_grad(loss)(head, *inputs)
+            updates, moments = optimiser.update(gradients, moments, head)
+            return (optax.apply_updates(head, updates), moments), value
+
+        return jax.lax.scan(step, state, inputs)
+
+    head = init_neighbourhood(features.shape[1], config.width, outputs, key)
+    state, history = (head, optimiser.init(head)), []
+    for number in range(config.epochs):
+        order = np.random.default_rng([seed, number]).permutation(len(train))[: steps * size]
+        keys = jax.random.split(jax.random.fold_in(key, number), steps)
+        by_step = [part[order].reshape(steps, size, *part.shape[1:]) for part in (train, goals, weights)]
+        state, values = epoch(state, (*map(jnp.asarray, by_step), keys))
+        history.append({"epoch": number + 1, "train_loss": float(values.mean())})
+    if not np.isfinite(history[-1]["train_loss"]):
+        raise InputError("peak_rate", "the loss is not finite", "lower it")
+    said = np.asarray(jax.jit(apply_neighbourhood)(state[0], x, near, jnp.asarray(test, jnp.int32)))
+    n_weights = sum(leaf.size for leaf in jax.tree.leaves(head))
+    if question.kind == "value":
+        return (said[:, 0] * scale + middle).astype(np.float32), history, n_weights
+    return np.asarray(jax.nn.softmax(said, axis=1)), history, n_weights
+
+
+def init_neighbourhood(inputs: int, width: int, outputs: int, key: Array) -> Parameters:
+    """Parameters of both networks: normal kernels of variance 2 / in, zero biases."""
+    sizes = {
+        "cell_1": (inputs, width),
+        "cell_2": (width, width),
+        "both_1": (2 * width, width),
+        "both_2": (width, outputs),
+    }
+    return {
+        name: {
+            "kernel": jax.random.normal(part, size, jnp.float32) * (2 / size[0]) ** 0.5,
+            "bias": jnp.zeros(size[1], jnp.float32),
+        }
+        for (name, size), part in zip(sizes.items(), jax.random.split(key, len(sizes)), strict=True)
+    }
+
+
+def apply_neighbourhood(
+    head: Parameters,
+    features: Float[Array, "n d"],
+    near: Int[Array, "n k"],
+    rows: Int[Array, " b"],
+    *,
+    dropout: float = 0.0,
+    key: Array | None = None,
+) -> Float[Array, "b o"]:
+    """What the head says of some cells.
+
+    Parameters
+    ----------
+    head
+        From `init_neighbourhood`.
+    features
+        Of every cell.
+    near
+        Neighbours of every cell, -1 where there are fewer; the mean of none is zero.
+    rows
+        The cells.
+    dropout, key
+        Share of hidden features that is dropped, and what draws them; without a key none is.
+    """
+
+    def linear(name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+        return x @ head[name]["kernel"] + head[name]["bias"]
+
+    def dropped(x: Float[Array, "... i"], number: int) -> Float[Array, "... i"]:
+        if key is None:
+            return x
+        kept = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - dropout, x.shape)
+        return jnp.where(kept, x / (1 - dropout), 0.0)
+
+    around = near[rows]
+    cells = jnp.concatenate([rows[:, None], around], axis=1)
+    each = jax.nn.relu(linear("cell_2", dropped(jax.nn.relu(linear("cell_1", features[cells])), 0)))
+    present = (around >= 0).astype(each.dtype)[..., None]
+    mean = (each[:, 1:] * present).sum(1) / jnp.maximum(present.sum(1), 1.0)
+    both = jnp.concatenate([each[:, 0], mean], axis=1)
+    return linear("both_2", dropped(jax.nn.relu(linear("both_1", dropped(both, 1))), 2))

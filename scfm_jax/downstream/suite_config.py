@@ -1,0 +1,262 @@
+"""A suite: which files, tasks, models and methods are to be compared, read from one TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from scfm_jax.corpus import Source
+from scfm_jax.corpus.sources import source_from_table
+from scfm_jax.downstream.finetuned import FinetuneConfig
+from scfm_jax.downstream.folds import FoldsConfig
+from scfm_jax.downstream.labels import MISSING
+from scfm_jax.downstream.neighbourhood import NeighbourhoodConfig
+from scfm_jax.errors import InputError
+from scfm_jax.training.config import from_dict
+
+T = TypeVar("T")
+EXPRESSION, UNTRAINED = "expression", "untrained"
+_SECTIONS = ("files", "genes", "tasks", "models", "methods")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is asked of which cells.
+
+    Attributes
+    ----------
+    files
+        Names of files of the suite; several are one cohort, of the genes that all of them measured.
+    kind
+        ``classes``: a label. ``density``: log1p of the cells around per area. ``composition``: shares of the
+        label's classes among the cells around.
+    labels
+        The label's column: one for all files, or one for each.
+    missing, min_cells, min_blocks
+        Names that count as no label, and the smallest class (`read_labels`).
+    class_map
+        A file of class maps with a side of each file's name; only classes that all files have are kept.
+    radius
+        Of ``density`` and ``composition``, in `unit`.
+    unit
+        ``um``, or ``file`` for the files' own units, where their length is not known.
+    neighbours
+        The k of baselines with neighbours, and of methods that name none.
+    means
+        The k whose means one more baseline reads together; empty: leave it out.
+    coordinates
+        Whether coordinates alone are a baseline; it needs folds within slides.
+    folds
+        Some of the folds, by number; empty: all.
+    split
+        The folds.
+    """
+
+    files: tuple[str, ...]
+    kind: Literal["classes", "density", "composition"] = "classes"
+    labels: tuple[str, ...] = ()
+    missing: tuple[str, ...] = MISSING
+    min_cells: int = 50
+    min_blocks: int = 5
+    class_map: str = ""
+    radius: float = 50.0
+    unit: Literal["um", "file"] = "um"
+    neighbours: tuple[int, ...] = (10,)
+    means: tuple[int, ...] = (10, 64, 256)
+    coordinates: bool = False
+    folds: tuple[int, ...] = ()
+    split: FoldsConfig = field(default_factory=FoldsConfig)
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a run that is not there yet is made.
+
+    Attributes
+    ----------
+    recipe
+        A recipe's file.
+    files
+        Of the suite, which become one corpus over all their genes; empty: all.
+    flags
+        As of `scfm train`, ``{fold}`` is the fold's number: a split with the task's settings holds out what
+        the fold does.
+    """
+
+    recipe: str
+    files: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A run directory, or one for each fold.
+
+    Attributes
+    ----------
+    run
+        Its folder; ``{fold}`` is the fold's number. Where it lies in the suite's results, it begins with
+        ``{out}``.
+    unseen
+        Say that it has not learnt from the task's cells, where its corpus cannot be opened to see. Rows whose
+        model learnt from test cells, or may have, are marked transductive.
+    tasks
+        Those that it is for; empty: all.
+    checkpoint
+        The best by held-out loss, or the last.
+    pretraining
+        How the run is made where it is missing.
+    """
+
+    run: str
+    unseen: bool = False
+    tasks: tuple[str, ...] = ()
+    checkpoint: Literal["best", "last"] = "last"
+    pretraining: Pretraining | None = None
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How a model, or expression, answers.
+
+    Attributes
+    ----------
+    way
+        ``probe``: a linear model of features. ``neighbourhood``: a head over the cell's and its neighbours'
+        features. ``finetune``: the model itself is trained, and attends to the neighbours.
+    of
+        Models, ``untrained`` (the first model's geometry with weights of a seed), or ``expression``
+        (principal components).
+    neighbours
+        Values of k; empty: those of the task.
+    attend
+        Of a probe: the encoder attends to the neighbours; else cells are embedded alone, and a probe reads
+        their mean over the neighbours beside the cell's own.
+    pooling
+        Of the cell's tokens.
+    beside_expression
+        Of a probe: read the components of expression too, the cell's own and their mean.
+    seeds
+        Of what is drawn; each gives a row.
+    tasks, folds
+        Those that it is for; empty: all.
+    finetune, neighbourhood
+        Settings of the ways of these names; k comes from `neighbours`.
+    """
+
+    way: Literal["probe", "neighbourhood", "finetune"]
+    of: tuple[str, ...]
+    neighbours: tuple[int, ...] = ()
+    attend: bool = False
+    pooling: Literal["mean", "max"] = "mean"
+    beside_expression: bool = False
+    seeds: tuple[int, ...] = (0,)
+    tasks: tuple[str, ...] = ()
+    folds: tuple[int, ...] = ()
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
+
+
+@dataclass(frozen=True)
+class Genes:
+    """Tables that let gene names meet (`scfm_jax.genes`); "" where there is none."""
+
+    gene_names: str = ""
+    orthologs: str = ""
+    aliases: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """All of it, by name; relative paths start from the suite's folder."""
+
+    path: Path
+    files: dict[str, Source]
+    genes: Genes
+    tasks: dict[str, TaskConfig]
+    models: dict[str, ModelConfig]
+    methods: dict[str, MethodConfig]
+
+    def resolve(self, path: str) -> Path:
+        """A path of the suite."""
+        return self.path.parent / path
+
+
+def read_suite(path: str | Path) -> Suite:
+    """Read a suite.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, a field is unknown, missing or mistyped, or a name is used that is not there.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(path, f"cannot be read as TOML ({error})", "give a suite") from None
+    if unknown := set(content) - set(_SECTIONS):
+        raise InputError(path, f"has no section {min(unknown)!r}", f"there are {', '.join(_SECTIONS)}")
+    for name in ("files", "tasks"):
+        if not content.get(name):
+            raise InputError(path, f"names no {name}", f"add a table [{name}.NAME]")
+
+    def of(section: str, kind: type[T]) -> dict[str, T]:
+        tables = content.get(section, {})
+        for name, table in tables.items():
+            if not isinstance(table, dict):
+                raise InputError(path, f"{section}.{name} is no table", f"write [{section}.{name}]")
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise InputError(
+                    path, f"{section}.{name!r} cannot be a file's name", "use letters, digits, - and _"
+                )
+        return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
+
+    files = {
+        name: source_from_table(f"{path} [files.{name}]", path.parent, {"name": name, **table})
+        for name, table in content["files"].items()
+    }
+    genes = from_dict(Genes, content.get("genes", {}), f"{path} [genes]")
+    suite = Suite(
+        path, files, genes, of("tasks", TaskConfig), of("models", ModelConfig), of("methods", MethodConfig)
+    )
+    _check_names(suite)
+    return suite
+
+
+def _check_names(suite: Suite) -> None:
+    """Every name that is used is there, and every task has what its kind needs."""
+
+    def check(where: str, used: tuple[str, ...], known: Any) -> None:
+        for name in used:
+            if name not in known:
+                raise InputError(
+                    f"{suite.path} [{where}]", f"{name!r} is not there", f"use some of {', '.join(known)}"
+                )
+
+    for name, task in suite.tasks.items():
+        check(f"tasks.{name}", task.files, suite.files)
+        needed = {1, len(task.files)} if task.kind != "density" else {0, 1}
+        if len(task.labels) not in needed or not task.files:
+            raise InputError(
+                f"{suite.path} [tasks.{name}]",
+                f"has {len(task.files)} files and {len(task.labels)} labels for {task.kind}",
+                "give files, and one label for all of them or one for each",
+            )
+    for name, model in suite.models.items():
+        check(f"models.{name}", model.tasks, suite.tasks)
+        if model.pretraining:
+            check(f"models.{name}", model.pretraining.files, suite.files)
+    for name, method in suite.methods.items():
+        check(f"methods.{name}", method.tasks, suite.tasks)
+        check(f"methods.{name}", method.of, [*suite.models, UNTRAINED, EXPRESSION])
+        if method.way == "finetune" and EXPRESSION in method.of:
+            raise InputError(
+                f"{suite.path} [methods.{name}]", "expression cannot be fine-tuned", "name models in of"
+            )
+        if UNTRAINED in method.of and not suite.models:
+            raise InputError(
+                f"{suite.path} [methods.{name}]", "no model has a geometry to leave untrained", "add a model"
+            )
