@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
-from scipy.spatial.distance import pdist
 from sklearn.decomposition import PCA
-from sklearn.kernel_approximation import RBFSampler
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from scfm_jax.downstream.baselines import neighbour_mean
@@ -18,7 +16,6 @@ from scfm_jax.errors import InputError
 
 COMPONENTS = 50
 COORDINATE_NEIGHBOURS = 5
-_RANDOM_FEATURES, _FOR_BANDWIDTH = 300, 1_000
 
 
 def components(
@@ -40,20 +37,6 @@ def beside_neighbours(
     """
     means = [neighbour_mean(features, near[:, :k]) for k in sizes if k]
     return np.hstack([features, *means]).astype(np.float32)
-
-
-def random_features(
-    features: Float[np.ndarray, "n d"], train: Int64[np.ndarray, " t"], *, seed: int = 0
-) -> Float32[np.ndarray, "n r"]:
-    """Random Fourier features of a Gaussian kernel as wide as the median distance of training cells.
-
-    Their mean over neighbours is nearly a kernel mean embedding (Rahimi & Recht 2007; Muandet et al. 2017),
-    which tells apart neighbourhoods of equal mean expression. Nothing in it is learnt.
-    """
-    some = np.random.default_rng(seed).permutation(train)[:_FOR_BANDWIDTH]
-    width = np.median(pdist(features[some].astype(np.float64)))
-    sampler = RBFSampler(gamma=1 / (2 * width**2), n_components=_RANDOM_FEATURES, random_state=seed)
-    return sampler.fit_transform(features).astype(np.float32)
 
 
 def coordinates_answer(cohort: Cohort, question: Question) -> Float32[np.ndarray, "m ..."]:

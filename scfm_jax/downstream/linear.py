@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Num
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from scfm_jax.downstream.question import Question
@@ -69,7 +68,8 @@ def linear_answer(
         sign = 1 if HIGHER_IS_BETTER[name] else -1
         scores = [sign * score(question.kind, y[held], answer[held])[name] for answer in answers]
         best = strengths[int(np.argmax(scores))]
-    return _fit_and_answer(question.kind, x, y, features[test], best, len(question.classes)), best
+    (answer,) = _answers(question.kind, x, y, features[test], [best], len(question.classes))
+    return answer, best
 
 
 def constant_answer(question: Question) -> Float32[np.ndarray, "m ..."]:
@@ -110,10 +110,9 @@ def _answers_of_held_out(
     answers = [np.zeros(shape, np.float32) for _ in strengths]
     done = np.zeros(len(y), bool)
     for fit, held in _choosing_splits(question, seed):
-        for answer, strength in zip(answers, strengths, strict=True):
-            answer[held] = _fit_and_answer(
-                question.kind, x[fit], y[fit], x[held], strength, len(question.classes)
-            )
+        said = _answers(question.kind, x[fit], y[fit], x[held], strengths, len(question.classes))
+        for answer, of_strength in zip(answers, said, strict=True):
+            answer[held] = of_strength
         done[held] = True
     if not done.any():
         raise InputError(
@@ -146,20 +145,33 @@ def _choosing_splits(
             yield apart, held
 
 
-def _fit_and_answer(
+def _answers(
     kind: Kind,
     x: Float[np.ndarray, "t d"],
     y: Num[np.ndarray, "t ..."],
-    x_test: Float[np.ndarray, "m d"],
-    strength: float,
+    x_asked: Float[np.ndarray, "m d"],
+    strengths: Sequence[float],
     n_classes: int,
+) -> list[Float32[np.ndarray, "m ..."]]:
+    """Fit at each strength, and answer."""
+    scaler = StandardScaler().fit(x)
+    x, x_asked = scaler.transform(x), scaler.transform(x_asked)
+    if kind != "classes":
+        return [_shares(kind, Ridge(1 / c).fit(x, y).predict(x_asked), y) for c in strengths]
+    # Each strength starts from the weights of the one before: a third of the iterations.
+    model, answers = LogisticRegression(max_iter=2000, warm_start=True), []
+    for c in strengths:
+        model.set_params(C=c).fit(x, y)
+        probabilities = np.zeros((len(x_asked), n_classes), np.float32)
+        probabilities[:, model.classes_] = model.predict_proba(x_asked)
+        answers.append(probabilities)
+    return answers
+
+
+def _shares(
+    kind: Kind, answer: Float[np.ndarray, "m ..."], y: Num[np.ndarray, "t ..."]
 ) -> Float32[np.ndarray, "m ..."]:
-    if kind == "classes":
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000)).fit(x, y)
-        probabilities = np.zeros((len(x_test), n_classes), np.float32)
-        probabilities[:, model[-1].classes_] = model.predict_proba(x_test)
-        return probabilities
-    answer = make_pipeline(StandardScaler(), Ridge(1 / strength)).fit(x, y).predict(x_test)
+    """Answers of a composition as shares; where nothing is left above zero, the training cells' mean."""
     if kind == "composition":
         answer = np.maximum(answer, 0)
         total = answer.sum(1, keepdims=True)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from scfm_jax.downstream.scores import score
+from scfm_jax.downstream.scores import PRIMARY, score
 from scfm_jax.downstream.suite_config import Suite, read_suite
 from scfm_jax.downstream.suite_methods import Method, methods_of
 from scfm_jax.downstream.suite_models import Models
@@ -71,7 +71,7 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
                 if key not in done:
                     done[key] = _ask(out, task, number, data, method, models, key)
                     _write_rows(out, done)
-                    primary = next(iter(done[key]["scores"]))
+                    primary = PRIMARY[task.kind]
                     said = f"{primary} {done[key]['scores'][primary]:.3f}, {done[key]['seconds']:.0f} s"
                     report(f"{name}, fold {number}: {_title(method)}: {said}")
     # Rows of an older suite would stand in the tables beside those that this one asked for.

@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from scfm_jax.downstream.composition import composition_by_type, composition_of_predicted
 from scfm_jax.downstream.density import density_from_distance
-from scfm_jax.downstream.expression import beside_neighbours, coordinates_answer, random_features
+from scfm_jax.downstream.expression import beside_neighbours, coordinates_answer
 from scfm_jax.downstream.finetune import finetune
 from scfm_jax.downstream.folds import Fold
 from scfm_jax.downstream.linear import constant_answer, linear_answer
@@ -106,8 +106,6 @@ def _baselines(task: Task) -> Iterator[Method]:
         yield baseline(f"own expression + mean of {k}" if k else "own expression", k, linear((k,)))
     if sizes := task.config.means:
         yield baseline(f"own expression + means of {', '.join(map(str, sizes))}", None, linear(sizes))
-    for k in sorted({*task.config.neighbours} - {0}):
-        yield baseline(f"random features, own + mean of {k}", k, _random_features(k))
     if task.config.coordinates:
         yield baseline(
             "coordinates alone", None, lambda data: coordinates_answer(data.task.cohort, data.question)
@@ -124,17 +122,6 @@ def _baselines(task: Task) -> Iterator[Method]:
     if task.config.kind == "composition":
         yield baseline("composition by own type", None, _by_type)
         yield baseline("predicted types of the cells around", None, _of_predicted)
-
-
-def _random_features(k: int) -> Callable[[FoldData], np.ndarray]:
-    """Not linear in expression, and not learnt: what a model's gain over linear baselines must also beat."""
-
-    def answer(data: FoldData) -> np.ndarray:
-        drawn = random_features(data.expression[:, :30], data.question.fold.train)
-        features = [beside_neighbours(part, data.question.near, (k,)) for part in (data.expression, drawn)]
-        return linear_answer(np.hstack(features), data.question)[0]
-
-    return answer
 
 
 def _by_type(data: FoldData) -> np.ndarray:
