@@ -1,4 +1,10 @@
-"""Masked expression of held-out cells: what the model says, and what the baselines need to say theirs."""
+"""Masked expression of held-out cells: what the model says, and what the baselines need to say theirs.
+
+Which expectation its scores are: over the masked entries of the test cells, as the mask draws them (non-zeros
+more often than zeros), all pooled, so that a cell counts by its masked genes. The part ``inverse_rate`` of
+`metrics.squared_error` and `metrics.poisson_deviance` estimates that over all entries of the panel, of all
+test cells, instead.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ UM, RADIUS, N_TYPES = 2.0, 60.0, 4
 @pytest.fixture(scope="module")
 def corpus(place_cells):
     rng = np.random.default_rng(0)
-    return place_cells([rng.random((250, 2)) * 200, None, rng.random((150, 2)) * 150], um_per_unit=UM)
+    return place_cells([rng.random((250, 2)) * 200, None, rng.random((150, 2)) * 150], UM)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_units_and_the_least_number_are_arguments(place_cells, corpus, codes):
     more, report = composition(corpus, codes, N_TYPES, RADIUS, min_neighbours=1)
     assert report["cells"]["scored"] > np.isfinite(value[:, 0]).sum()
     assert np.array_equal(more[np.isfinite(value)], value[np.isfinite(value)])
-    unknown = place_cells([np.random.default_rng(0).random((40, 2))])
+    unknown = place_cells([np.random.default_rng(0).random((40, 2))], None)
     composition(unknown, codes[:40], N_TYPES, 0.5, unit="file")
     with pytest.raises(InputError, match="um_per_unit"):
         composition(unknown, codes[:40], N_TYPES, 0.5)

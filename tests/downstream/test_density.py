@@ -13,25 +13,25 @@ from scfm_jax.downstream.density import density_from_distance, local_density, me
 from scfm_jax.downstream.spatial_labels import sum_within
 from scfm_jax.errors import InputError
 
-UM = 0.5
+UM = (0.5, 0.6)
 RADIUS = 50.0
 
 
 @pytest.fixture(scope="module")
 def corpus(place_cells):
-    """Two slides whose frames overlap, in half µm, denser on one side, and one without coordinates."""
+    """Two slides whose frames overlap, in units of their own, and one without coordinates."""
     rng = np.random.default_rng(0)
     dense = rng.random((700, 2)) ** np.array([2, 1]) * 1000
     sparse = rng.random((300, 2)) * 1200
     sparse[5] = sparse[4]  # cells may coincide
-    return place_cells([dense, sparse, None], um_per_unit=UM)
+    return place_cells([dense, sparse, None], (*UM, 1.0))
 
 
 def places(corpus):
     """Cell numbers and places in µm of each spatial slide."""
-    for slide in corpus.slides[:2]:
+    for slide, um in zip(corpus.slides, UM):
         rows = np.arange(slide.start, slide.start + slide.n_cells)
-        yield rows, np.stack([corpus.column(axis, rows) for axis in "xy"], 1).astype(float) * UM
+        yield rows, np.stack([corpus.column(axis, rows) for axis in "xy"], 1).astype(float) * um
 
 
 def to_segment(points, a, b):
@@ -60,7 +60,7 @@ def test_density_is_that_of_all_pairs_inside_the_hull(corpus):
 
 def test_a_lattice_has_the_density_of_its_spacing(place_cells):
     xy = np.stack(np.meshgrid(np.arange(41.0), np.arange(41.0)), -1).reshape(-1, 2) * 10
-    value, report = local_density(place_cells([xy], um_per_unit=1.0), RADIUS)
+    value, report = local_density(place_cells([xy], 1.0), RADIUS)
     # Whole numbers a, b with a² + b² <= 25, the origin apart, are 80 (Gauss's circle problem).
     assert np.unique(value[np.isfinite(value)]) == pytest.approx(np.log1p(80 / (np.pi * 2.5)))
     assert report["cells"]["scored"] == 29**2  # columns at 60 to 340 µm
@@ -76,16 +76,17 @@ def test_rows_at_a_time_change_nothing(monkeypatch):
         assert sum_within(xy, values, 0.2) == pytest.approx(near @ values)
 
 
-def test_the_distance_baseline_is_least_squares_on_training_cells(corpus):
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_distance_baseline_is_least_squares_on_training_cells(corpus, k):
     value, _ = local_density(corpus, RADIUS)
     scored = np.flatnonzero(np.isfinite(value))
-    train, test = np.arange(700), scored[scored >= 700]
+    train, test = np.arange(0, 1000, 2), scored[scored % 2 == 1]
     log_distance = np.full(corpus.n_cells, np.nan)
     for rows, xy in places(corpus):
-        log_distance[rows] = np.log(np.sort(cdist(xy, xy), axis=1)[:, 4])
+        log_distance[rows] = np.log(np.maximum(np.sort(cdist(xy, xy), axis=1)[:, k], 0.1))
     learnt = train[np.isfinite(value[train])]
     fit = linregress(log_distance[learnt], value[learnt])
-    got = density_from_distance(corpus, value, train, test, k=4)
+    got = density_from_distance(corpus, value, train, test, k=k)
     assert got == pytest.approx(fit.intercept + fit.slope * log_distance[test], rel=1e-4)
     assert got.dtype == np.float32 and fit.slope < 0
     median = median_density(value, train, test)
@@ -96,13 +97,11 @@ def test_the_distance_baseline_is_least_squares_on_training_cells(corpus):
 def test_bad_input_is_told(place_cells, corpus):
     square = np.random.default_rng(0).random((50, 2)) * 80
     with pytest.raises(InputError, match=r"slide0 has no um_per_unit.*--um-per-unit"):
-        local_density(place_cells([square]))
+        local_density(place_cells([square], None))
     with pytest.raises(InputError, match="farther than 50 µm from its slide's border"):
-        local_density(
-            place_cells([square, square[:, [0, 0]], square[:2] / 10], n_neighbours=1, um_per_unit=1.0)
-        )
+        local_density(place_cells([square, square[:, [0, 0]], square[:2] / 10], 1.0, n_neighbours=1))
     with pytest.raises(InputError, match="no slide has coordinates"):
-        local_density(place_cells([None]))
+        local_density(place_cells([None], None))
     with pytest.raises(InputError, match="positive"):
         local_density(corpus, 0)
     value, _ = local_density(corpus, RADIUS)

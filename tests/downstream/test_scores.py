@@ -175,6 +175,28 @@ def test_what_is_constant(tissue):
     )
 
 
+def test_a_class_that_few_blocks_have_is_left_out_of_draws_without_it(tissue):
+    block, (truth, a, _) = tissue[0], tissue[1]["composition"]
+    truth = np.where((np.arange(5) == 4) & (block != block[0])[:, None], 0, truth + 0.01)
+    truth = truth / truth.sum(1, keepdims=True)
+
+    def pearson(rows):
+        varies = [c for c in range(5) if np.ptp(truth[rows, c]) > 0]
+        return len(varies), np.mean([pearsonr(truth[rows, c], a[rows, c]).statistic for c in varies])
+
+    varying, expected = zip(*(pearson(rows) for rows in draws_of_rows(block, 40)))
+    assert {4, 5} == set(varying)
+    got = interval("composition", truth, a, block, name="pearson", n_draws=40)
+    assert got[1:] == pytest.approx(np.quantile(expected, [0.025, 0.975]))
+
+
+def test_rows_equal_but_for_rounding_are_at_no_distance():
+    rng = np.random.default_rng(0)
+    truth = rng.dirichlet(np.ones(5), 500)
+    got = score("composition", truth, truth + 1e-9 * rng.normal(size=truth.shape))
+    assert 0 <= got["jensen_shannon"] < 1e-7
+
+
 def test_large_values_do_not_cancel(tissue):
     truth, a, _ = tissue[1]["value"]
     far = 1e6
