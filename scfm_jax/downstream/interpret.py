@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +279,7 @@ def explain_attention(
         labels = None
         if label is not None:
             of_rows = read_labels(adata, label, missing=missing)
-            codes = of_rows.codes[corpus.column("source_row")]
-            labels = Labels(codes, of_rows.classes, of_rows.left_out, of_rows.missing)
+            labels = replace(of_rows, codes=of_rows.codes[corpus.column("source_row")])
         found = centre_attention(model, corpus, np.arange(corpus.n_cells), labels=labels, progress=progress)
         for name, table in attention_tables(found, labels=labels, layer=layer).items():
             adata.uns[f"{key_added}_{name}"] = table
