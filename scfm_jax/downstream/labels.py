@@ -59,6 +59,7 @@ def read_labels(
     min_blocks: int = 0,
     block: Int[np.ndarray, " n"] | None = None,
     class_map: ClassMap | None = None,
+    where: str = "obs",
 ) -> Labels:
     """Read a label of every cell of a corpus, or of every row of ``obs``.
 
@@ -78,6 +79,8 @@ def read_labels(
         Spatial block of every cell, which `min_blocks` needs.
     class_map
         What becomes of each class.
+    where
+        The file that ``obs`` came from, for messages; a corpus names itself.
 
     Raises
     ------
@@ -85,7 +88,7 @@ def read_labels(
         A column that is not there, one class only, none left after the limits, limits on blocks without
         blocks, or a map that does not fit the labels.
     """
-    where, names, codes = _raw(source, column)
+    where, names, codes = _raw(source, column, where)
     if min_blocks and block is None:
         raise InputError(
             where, f"min_blocks is {min_blocks}, and no block is given", "give every cell's block"
@@ -135,7 +138,7 @@ def _limited(
 
 
 def _raw(
-    source: Corpus | anndata.AnnData | pd.DataFrame, column: str
+    source: Corpus | anndata.AnnData | pd.DataFrame, column: str, where: str
 ) -> tuple[str, list[str], Int64[np.ndarray, " n"]]:
     """Where it is, the names that cells have, sorted, and each cell's; -1 is a real NaN."""
     if isinstance(source, Corpus):
@@ -143,7 +146,6 @@ def _raw(
         where, values = source.path, pd.Series(pd.Categorical.from_codes(codes, pd.Index(classes)))
     else:
         obs = source if isinstance(source, pd.DataFrame) else source.obs
-        where = "obs"
         if column not in obs:
             there = ", ".join(map(str, obs.columns)) or "no column"
             raise InputError(where, f"no label {column!r}", f"use one of {there}")

@@ -150,12 +150,16 @@ def encode(
     model: TissueModel, batch: TissueBatch, tokens: Visible, coordinates: bool
 ) -> Float[Array, "b s d"]:
     """Encoder outputs of `tokens`, with the rotary positions that the model uses."""
+    positions = rotary_positions(batch, tokens, coordinates)
+    return model.encode(tokens.genes, tokens.values, positions, tokens.lengths)
+
+
+def rotary_positions(batch: TissueBatch, tokens: Visible, coordinates: bool) -> Float[Array, "b s 2"]:
+    """x and y from the centre in um, or the indices of gene and cell."""
     cells = jnp.maximum(tokens.cells, 0)
     if coordinates:
-        positions = jnp.take_along_axis(batch.offsets, cells[..., None], axis=1)
-    else:
-        positions = jnp.stack([tokens.genes, cells], axis=-1).astype(jnp.float32)
-    return model.encode(tokens.genes, tokens.values, positions, tokens.lengths)
+        return jnp.take_along_axis(batch.offsets, cells[..., None], axis=1)
+    return jnp.stack([tokens.genes, cells], axis=-1).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,19 @@ def predict(
     """Mask, encode and decode a batch."""
     masked = draw_mask(batch, key, config)
     tokens = visible_tokens(batch, masked, config, n_genes)
+    return predict_from(model, batch, tokens, masked, config, coordinates=coordinates)
+
+
+def predict_from(
+    model: TissueModel,
+    batch: TissueBatch,
+    tokens: Visible,
+    masked: Bool[Array, "b p"],
+    config: ColumnMaskingConfig,
+    *,
+    coordinates: bool = False,
+) -> Prediction:
+    """Encode and decode what a mask left visible."""
     hidden = encode(model, batch, tokens, coordinates)
     genes = jnp.maximum(batch.decoder_genes, 0)
     own = jnp.zeros_like(genes)

@@ -97,6 +97,7 @@ def test_a_map_may_name_what_is_missing(obs):
         ("one", {}, "label 'one' has 'x' alone"),
         ("type", {"min_cells": 5}, "'b' alone in 5 cells and 0 blocks or more; lower min_cells"),
         ("type", {"min_cells": 9}, "no class in 9 cells"),
+        ("one", {"where": "a.h5ad"}, "a.h5ad: label 'one'"),
         ("type", {"min_blocks": 2}, "no block is given"),
         ("type", {"missing": ["a", "b", "c", "Ambiguous", "NA"]}, "has no class alone"),
         (
