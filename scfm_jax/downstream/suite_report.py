@@ -130,9 +130,9 @@ def _how_to_read(tasks: Sequence[Task]) -> list[str]:
     marks = dict.fromkeys(mark for task in tasks for method in task.methods for mark in method.marks)
     texts = [
         "Pooled scores are of the predictions of all folds together, averaged over seeds; their 95% "
-        "intervals and those of gains come from drawing spatial blocks of tissue with replacement. A gain is positive "
-        "where the method is better, for errors too. The best model of a task is picked from its rows by the "
-        "score shown, which flatters it a little."
+        "intervals and those of gains come from drawing spatial blocks of tissue with replacement. A gain is "
+        "positive where the method is better, for errors too. The best model of a task is picked from its "
+        "rows by the score shown, which flatters it a little."
     ]
     if marks:
         texts.append(" ".join(f"{mark.capitalize()}: {_MARKS[mark]}." for mark in marks))
