@@ -19,7 +19,7 @@ CLASSES = ["cortex", "white matter", "hippocampus", "striatum"]
 METHODS = [
     ("majority", "baseline", None, 9.0),
     ("own expression", "baseline", 0, 2.2),
-    *(("own + mean of k nearest", "baseline", k, noise) for k, noise in ((8, 1.6), (16, 1.4))),
+    *((f"own + mean of {k}", "baseline", k, noise) for k, noise in ((8, 1.6), (16, 1.4))),
     ("own + means of 10, 64, 256", "baseline", None, 1.2),
     ("untrained encoder", "control", 16, 2.6),
     ("probe", "model", 0, 2.4),
@@ -158,15 +158,24 @@ def whole_suite(folder):
     (folder / "history").mkdir()
     cells = np.arange(len(suite.xy))
     embedding = np.eye(8)[suite.niche] + 0.3 * suite.rng.normal(size=(len(cells), 8))
-    np.savez(
-        folder / "embeddings" / "region_encoder.npz", embedding=embedding.astype(np.float32), cells=cells
-    )
+    embedding[:9] = np.nan  # of cells of which the model knows no gene
+    for what in ("tissue-k8-mean", "tissue-k16-mean"):
+        for checksum in ("0123456789ab", "123456789abc"):
+            path = folder / "embeddings" / f"region-{what}-{checksum}.npz"
+            np.savez(path, embedding=embedding.astype(np.float32), cells=cells)
+    (folder / "embeddings" / "region-tissue-k4-mean.partial.npz").touch()  # a run that was stopped
+    (folder / "embeddings" / "gone-tissue-k4-mean-0123456789ab.npz").touch()  # a task of an earlier suite
     for row in of(suite.rows, task="region", method="LoRA"):
         rows = [
             {"epoch": e, "loss": 1.2 * 0.8**e + 0.1 * suite.rng.random(), "validation": 0.8 - 0.4 * 0.7**e}
             for e in range(1, 11)
         ]
+        if row["k"] == 0:
+            rows = [{**each, "validation": None} for each in rows]
         name = row["predictions"].split("/")[1].replace(".npz", ".json")
+        if row["k"] == 16:
+            name = f"of_{name}"
+            row["history"] = f"history/{name}"
         (folder / "history" / name).write_text(json.dumps(rows))
     return suite
 

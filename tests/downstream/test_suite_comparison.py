@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from synthetic_suite import METHODS, Suite, judged, numbers, predictions
 
 from scfm_jax.downstream.suite_report import write_suite_report
+from scfm_jax.downstream.suite_results import read_results
 from scfm_jax.errors import DataWarning, InputError
 
 
@@ -40,6 +41,28 @@ def test_rows_that_leak_are_no_measure_for_rows_that_do_not(tmp_path):
     assert found.best_model.name == "LoRA"
     assert "(LoRA, k = 8 [leaking]: " in first
     assert "over coordinates [leaking]" in first
+
+
+def test_a_name_with_its_k_is_one_curve_with_the_others_of_its_kind(tmp_path):
+    suite = Suite(tmp_path, n=200)
+    names = [
+        ("mean of 8", 8),
+        ("mean of 16", 16),
+        ("means of 8, 16", None),
+        ("LoRA of v8", 8),
+        ("LoRA of v8", 16),
+    ]
+    suite.task("region", "classes", [(name, "baseline", k, 1.0) for name, k in names])
+    (task,) = read_results(suite.write())
+    assert [method.family for method in task.methods] == [
+        "mean of k",
+        "mean of k",
+        "means of 8, 16",
+        "LoRA of v8",
+        "LoRA of v8",
+    ]
+    labels = ["mean of 8", "mean of 16", "means of 8, 16", "LoRA of v8, k = 8", "LoRA of v8, k = 16"]
+    assert [method.label.replace("\N{NO-BREAK SPACE}", " ") for method in task.methods] == labels
 
 
 def test_few_blocks_are_said_to_be_few(tmp_path):
