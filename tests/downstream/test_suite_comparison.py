@@ -36,6 +36,11 @@ def test_rows_that_leak_are_no_measure_for_rows_that_do_not(tmp_path):
     assert [gain.against.name if gain else None for gain in found.gains] == [None, "own", "own", "own", "own"]
     assert "beats the best baseline, its 95% interval clear of zero, in the one task: region (probe" in first
     for row in suite.rows:
+        row["leaking"] = row["group"] == "baseline"
+    (found,), first = judged(suite)
+    assert found.gains[2:] == [None, None, None]
+    assert first == "No model is compared with a baseline in region."
+    for row in suite.rows:
         row["leaking"] = True
     (found,), first = judged(suite)
     assert found.best_model.name == "LoRA"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from matplotlib.colors import to_rgb
 from synthetic_suite import METHODS, Suite
 
 from scfm_jax.downstream.drawing import class_colour
+from scfm_jax.downstream.suite_figures import draw_training
 from scfm_jax.downstream.suite_maps import ABSENT, WRONG, draw_maps, paint, project
 from scfm_jax.downstream.suite_results import read_results
 from scfm_jax.errors import InputError
@@ -67,3 +70,21 @@ def test_projection_is_that_of_the_singular_values(monkeypatch):
     np.testing.assert_allclose(np.abs(xy), np.abs(u[:, :2] * s[:2]), atol=1e-4)
     shares = s**2 / (s**2).sum()
     assert axes == (f"PC 1 ({shares[0]:.0%})", f"PC 2 ({shares[1]:.0%})")
+
+
+def test_training_without_validation_has_no_panel_for_it(tmp_path):
+    suite = Suite(tmp_path, n=200)
+    suite.task("region", "classes", METHODS[-1:], seeds=(0,))
+    (task,) = read_results(suite.write())
+    assert draw_training(task, tmp_path / "none.png") is None
+    (tmp_path / "history").mkdir()
+    heights = []
+    for validation in (0.5, None):
+        rows = [{"epoch": epoch, "loss": 1 / epoch, "validation": validation} for epoch in (1, 2)]
+        name = suite.rows[0]["predictions"].replace("predictions", "history").replace(".npz", ".json")
+        (tmp_path / name).write_text(json.dumps(rows))
+        image = matplotlib.image.imread(draw_training(task, tmp_path / "training.png").path)
+        axes = (np.abs(image[..., :3] - to_rgb("#8a939b")).max(-1) < 0.02).sum(0).max()  # the left spines
+        heights.append((image.shape[0], axes))
+    assert heights[0][0] > 1.5 * heights[1][0]
+    assert heights[0][1] > 1.5 * heights[1][1]
