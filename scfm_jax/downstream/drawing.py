@@ -82,8 +82,9 @@ def cell_size(xy: Float[np.ndarray, "n 2"], box: tuple[float, float]) -> float:
 
 
 def place_axes(ax: Axes, unit: str) -> None:
-    """Equal scales and labels of a map of places."""
-    ax.set(aspect="equal", xlabel=f"x ({unit})", ylabel=f"y ({unit})")
+    """Equal scales and labels of a map of places; `unit` is empty where it is not known."""
+    x, y = (f"{axis} ({unit})" if unit else axis for axis in "xy")
+    ax.set(aspect="equal", xlabel=x, ylabel=y)
 
 
 def grid(ax: Axes) -> None:

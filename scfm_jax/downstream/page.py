@@ -188,7 +188,6 @@ th {{ border-bottom: 1.5px solid #8a939b; font-weight: 600; font-size: .85rem; c
   vertical-align: bottom; }}
 tr > :first-child {{ position: sticky; left: 0; background: #fff; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-td:last-child:not(.number) {{ white-space: normal; min-width: 9rem; }}
 .mark {{ font-size: .85em; white-space: nowrap; padding: 0 .3em; border: 1px solid #8a939b;
   border-radius: .25rem; }}
 @media (max-width: 36rem) {{ body {{ padding: 1.5rem 1rem 3rem; }} h1 {{ font-size: 1.4rem; }}
@@ -196,8 +195,7 @@ td:last-child:not(.number) {{ white-space: normal; min-width: 9rem; }}
   tr > :first-child {{ white-space: normal; min-width: 8rem; max-width: 9.5rem; }} }}
 @media print {{ body {{ max-width: none; padding: 0; font-size: 10pt; }} .table {{ overflow: visible; }}
   table {{ font-size: 7.5pt; }} th, td {{ white-space: normal; padding-right: .5rem; }}
-  td.number {{ white-space: nowrap; }} th {{ font-size: 7pt; }}
-  td:last-child:not(.number) {{ min-width: 0; }} caption span {{ max-width: none; }}
+  td.number {{ white-space: nowrap; }} th {{ font-size: 7pt; }} caption span {{ max-width: none; }}
   thead {{ display: table-header-group; }}
   tr > :first-child {{ position: static; }}
   .panels {{ display: block; }} figure {{ display: inline-block; width: 48%; vertical-align: top; }}

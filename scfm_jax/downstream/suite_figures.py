@@ -5,7 +5,6 @@ Each is one PNG of a phone's width, so that its letters stay legible there; a pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def draw_curves(task: Task, path: Path) -> Drawing | None:
     """
     curves: dict[str, list[Method]] = {}
     for method in sorted(task.methods, key=lambda method: method.group != "model"):  # the first colours
-        curves.setdefault(method.name, []).append(method)
+        curves.setdefault(method.family, []).append(method)
     ks = sorted({method.k for method in task.methods if method.k is not None})
     place: dict[int | None, int] = {k: i for i, k in enumerate(ks)}
     if task.primary is None or all(len(methods) < 2 for methods in curves.values()):
@@ -148,7 +147,7 @@ def draw_confusion(task: Task, method: Method, pooled: Pooled, path: Path) -> Dr
 def draw_predicted(task: Task, method: Method, pooled: Pooled, path: Path) -> Drawing:
     """Predicted against true values, of a composition the shares of all classes."""
     shares = task.kind == "composition"
-    what, count = ("share of a class", "cells × classes") if shares else (task.label or "value", "cells")
+    what, count = ("share of a class", "cells × classes") if shares else (task.scale, "cells")
     true, predicted = (np.asarray(x, np.float64).ravel() for x in (pooled.truth, pooled.by_seed[0]))
     with house_style():
         figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
@@ -157,20 +156,31 @@ def draw_predicted(task: Task, method: Method, pooled: Pooled, path: Path) -> Dr
         return save(figure, path, caption)
 
 
-def draw_training(files: Sequence[tuple[str, Path]], path: Path) -> Drawing:
+def draw_training(task: Task, path: Path) -> Drawing | None:
     """Loss and validation over the epochs: mean over the runs of a method, a band from least to most.
+
+    A run's history is the file that its row names, or that is called like its predictions. None where there
+    are no histories; files of no run are of an earlier suite.
 
     Raises
     ------
     InputError
-        A file whose rows lack `epoch`, `loss` or `validation`.
+        A file whose rows lack `epoch`, `loss` or `validation` (which may be null).
     """
     runs: dict[str, list[np.ndarray]] = {}
-    for what, file in files:
-        runs.setdefault(what, []).append(_history(file))
+    for method in task.methods:
+        for row in method.rows:
+            like_predictions = f"history/{Path(row.get('predictions') or '').stem}.json"
+            file = task.folder / (row.get("history") or like_predictions)
+            if row.get("history") or file.is_file():
+                runs.setdefault(method.label, []).append(_history(file))
+    if not runs:
+        return None
+    validated = any(np.isfinite(table[:, 2]).any() for tables in runs.values() for table in tables)
     with house_style():
-        figure = Figure(figsize=(WIDTH, 4.6 + _ROW * len(runs)), layout="constrained")
-        axes = figure.subplots(2, 1, sharex=True)
+        rows = 1 + validated
+        figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * rows + _ROW * len(runs)), layout="constrained")
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
         handles = []
         for number, (what, tables) in enumerate(runs.items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -181,23 +191,24 @@ def draw_training(files: Sequence[tuple[str, Path]], path: Path) -> Drawing:
                 ax.plot(epochs, [values.mean() for values in at], **style)
                 ends = [values.min() for values in at], [values.max() for values in at]
                 ax.fill_between(epochs, *ends, color=colour, alpha=0.12, linewidth=0)
-            handles.append(Line2D([], [], **style, label=f"{what or 'training'} ({len(tables)} runs)"))
+            many = f"{len(tables)} run{'s' * (len(tables) != 1)}"
+            handles.append(Line2D([], [], **style, label=f"{what} ({many})"))
         for ax, name in zip(axes, ("training loss", "validation")):
             ax.set_ylabel(name)
             grid(ax)
-        axes[1].set_xlabel("epoch")
+        axes[-1].set_xlabel("epoch")
         legend_below(figure, handles, columns=1, fontsize=8, handletextpad=0.8)
         return save(figure, path, "Training: mean over runs, the band from the least to the most.")
 
 
 def _history(path: Path) -> np.ndarray:
-    """Columns epoch, loss and validation."""
+    """Columns epoch, loss and validation, NaN where there was none."""
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(path, "holds no rows", "give a list of objects with epoch, loss and validation")
     names = ("epoch", "loss", "validation")
     try:
-        return np.array([[float(row[name]) for name in names] for row in rows])
+        return np.array([[np.nan if row[n] is None else float(row[n]) for n in names] for row in rows])
     except (KeyError, TypeError, ValueError) as error:
         problem = f"a row has no number for one of {', '.join(names)} ({error!r})"
         raise InputError(path, problem, "let the suite write it anew") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +67,6 @@ def draw_maps(task: Task, tissue: Tissue, method: Method, pooled: Pooled, stem: 
         raise InputError(where, problem, "write the places of every cell of the task")
     slides, tested = np.unique(tissue.slide[pooled.cells], return_counts=True)
     shown = slides[np.argsort(-tested, kind="stable")][:MOST_SLIDES]
-    label = task.label or task.name
     drawn = []
     for slide in shown.tolist():
         everyone = np.flatnonzero(tissue.slide == slide)
@@ -73,7 +74,11 @@ def draw_maps(task: Task, tissue: Tissue, method: Method, pooled: Pooled, stem: 
         cells, true, said = pooled.cells[on_slide], pooled.truth[on_slide], pooled.by_seed[0][on_slide]
         wrong, error_caption = paint_error(task, true, said)
         parts = {
-            "truth": (everyone, paint(task, tissue.truth, tissue.truth[everyone]), f"{label}, all cells."),
+            "truth": (
+                everyone,
+                paint(task, tissue.truth, tissue.truth[everyone]),
+                f"{task.what}, all cells.",
+            ),
             "predicted": (cells, paint(task, tissue.truth, said), f"As {method.label} predicts it."),
             "error": (cells, wrong, error_caption),
         }
@@ -83,7 +88,7 @@ def draw_maps(task: Task, tissue: Tissue, method: Method, pooled: Pooled, stem: 
                 caption += f" Palest: {len(everyone) - len(cells):,} cells that were not tested."
             with house_style():
                 title = f"slide {slide}: {part}"
-                figure = _map(tissue.xy[everyone], tissue.xy[of], painted, title, task.unit)
+                figure = _map(tissue.xy[everyone], tissue.xy[of], painted, title)
                 row.append(save(figure, Path(f"{stem}_slide{slide}_{part}.png"), caption))
         drawn.append(row)
     return drawn
@@ -93,14 +98,14 @@ def draw_embedding(task: Task, tissue: Tissue | None, what: str, path: Path, fig
     """Two dimensions of an embedding: UMAP where umap-learn is installed, else principal components."""
     held = read_arrays(path, ("embedding", "cells"))
     embedding, cells = held["embedding"], held["cells"]
-    if embedding.ndim != 2 or embedding.shape[1] < 2 or len(embedding) < 3:
-        problem = f"'embedding' is of shape {embedding.shape}"
-        raise InputError(
-            path, problem, "give [cells, dimensions] with two dimensions and three cells at least"
-        )
+    if embedding.ndim != 2 or embedding.shape[1] < 2 or np.isfinite(embedding).all(1).sum() < 3:
+        problem = f"'embedding', of shape {embedding.shape}, has no three cells in two dimensions"
+        raise InputError(path, problem, "give [cells, dimensions], or remove the file")
     if tissue is not None and cells.max() >= len(tissue.truth):
         problem = f"'cells' has number {cells.max()}, and the tissue of {task.name} has {len(tissue.truth)}"
         raise InputError(path, problem, "give corpus cell numbers of the task's file")
+    known = np.isfinite(embedding).all(1)  # a model that knows none of a cell's genes says nothing
+    embedding, cells = embedding[known], cells[known]
     if len(cells) > MOST_EMBEDDED:
         some = np.sort(np.random.default_rng(0).permutation(len(cells))[:MOST_EMBEDDED])
         embedding, cells = embedding[some], cells[some]
@@ -116,10 +121,24 @@ def draw_embedding(task: Task, tissue: Tissue | None, what: str, path: Path, fig
         ax.scatter(xy[:, 0], xy[:, 1], s=size, c=painted.colours, linewidths=0, rasterized=True)
         ax.set(xlabel=axes[0], ylabel=axes[1], xticks=[], yticks=[])
         _explain(figure, painted)
-        caption = (
-            f"Embeddings of {len(cells):,} cells{f', {what}' if what else ''}, by {task.label or task.name}."
-        )
+        caption = f"Embeddings of {len(cells):,} cells{f', {what}' if what else ''}, by {task.what}."
         return save(figure, figure_path, caption)
+
+
+def embeddings_of(task: Task, tasks: Sequence[Task]) -> dict[str, Path]:
+    """Files of `embeddings` whose names begin with the task's, by the rest of the name.
+
+    Of files that differ by a checksum alone, as those of folds do, the first. Files of no task are of an
+    earlier suite.
+    """
+    names = sorted((other.name for other in tasks), key=len, reverse=True)
+    found: dict[str, Path] = {}
+    for path in sorted((task.folder / "embeddings").glob("*.npz")):
+        owner = next((name for name in names if path.stem.startswith(name)), None)
+        if owner == task.name and not path.stem.endswith(".partial"):
+            what = re.sub("-[0-9a-f]{12}$", "", path.stem.removeprefix(owner))
+            found.setdefault(what.strip("-_. "), path)
+    return found
 
 
 def project(embedding: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, "n 2"], tuple[str, str]]:
@@ -140,7 +159,7 @@ def paint(task: Task, everyone: Num[np.ndarray, "n ..."], said: Num[np.ndarray, 
         known = everyone[np.isfinite(everyone)]
         low, high = np.quantile(known, [0.01, 0.99]) if len(known) else (0.0, 1.0)
         scale = ScalarMappable(Normalize(low, max(high, low + 1e-9)), VALUES)
-        return Painted(_scaled(scale, said), [], scale, task.label or "value")
+        return Painted(_scaled(scale, said), [], scale, task.scale)
     truth, codes = _codes(everyone), _codes(said)
     names = list(task.classes) or [str(code) for code in range(int(truth.max(initial=0)) + 1)]
     order = np.arange(len(names))
@@ -168,7 +187,7 @@ def paint_error(
         handles = [class_handle("wrong", WRONG), class_handle("right", RIGHT)]
         return Painted(colours, handles), f"{wrong.mean():.1%} of {len(wrong):,} tested cells are wrong."
     if task.kind == "value":
-        error, what = np.abs(said - true), f"error of {task.label or 'value'}"
+        error, what = np.abs(said - true), f"error of {task.scale}"
         sentence = f"Absolute error, its mean {error.mean():.3g}."
     else:
         error, what = np.abs(said - true).sum(1) / 2, "share in the wrong class"
@@ -198,7 +217,6 @@ def _map(
     xy: Float[np.ndarray, "m 2"],
     painted: Painted,
     title: str,
-    unit: str,
 ) -> Figure:
     """Cells where they lie, all others of the slide behind them, and the explanation below."""
     width = WIDTH - 0.8
@@ -212,7 +230,7 @@ def _map(
         ax.scatter(background[:, 0], background[:, 1], color=ABSENT, **disc)
     ax.scatter(xy[:, 0], xy[:, 1], c=painted.colours, **disc)
     ax.set_title(title)
-    place_axes(ax, unit)
+    place_axes(ax, "")
     ax.set_anchor("N")
     _explain(figure, painted)
     return figure

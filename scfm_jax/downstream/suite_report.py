@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from scfm_jax.downstream.suite_figures import (
     draw_training,
     score_label,
 )
-from scfm_jax.downstream.suite_maps import draw_embedding, draw_maps
-from scfm_jax.downstream.suite_results import Method, Task, attached, read_results
+from scfm_jax.downstream.suite_maps import draw_embedding, draw_maps, embeddings_of
+from scfm_jax.downstream.suite_results import Method, Task, read_results
 
 MOST_EMBEDDINGS = 4
 _MARKS = {
@@ -38,9 +38,9 @@ def write_suite_report(folder: Path) -> Path:
     ----------
     folder
         Holds `tasks.json` and `results.jsonl`, the `predictions/*.npz` that it names, and where there are any
-        `tissue/TASK.npz`, `embeddings/*.npz` (`embedding` float32 `[n, d]`, `cells` int64 `[n]`) and
-        `history/*.json` (rows of `epoch`, `loss`, `validation`). An embedding or history is of the run whose
-        predictions have its name, or else of the task that its name begins with. An older report is replaced.
+        `tissue/TASK.npz`, `embeddings/TASK*.npz` (`embedding` float32 `[n, d]`, `cells` int64 `[n]`) and
+        `history/*.json` (rows of `epoch`, `loss`, `validation`), which a row names or which are called like
+        its predictions. An older report is replaced.
 
     Returns
     -------
@@ -59,14 +59,13 @@ def write_suite_report(folder: Path) -> Path:
     """
     folder = Path(folder)
     tasks = read_results(folder)
-    embeddings, histories = (attached(folder, tasks, kind) for kind in ("embeddings", "history"))
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     comparisons, sections = [], []
     for number, task in enumerate(tasks):
         stem = f"{figures}/{number + 1}_{re.sub('[^A-Za-z0-9.-]+', '_', task.name)}"
         comparison = compare(task) if task.primary and task.methods else None
-        panels = _panels(task, comparison, embeddings[task.name], histories[task.name], stem)
+        panels = _panels(task, comparison, embeddings_of(task, tasks), stem)
         comparisons.append(comparison)
         sections.append(Section(task.name, _words(task, comparison), _tables(task, comparison), panels))
         task.release()
@@ -126,13 +125,22 @@ def _named(method: Method) -> str:
     return f"{method.label}{marks}"
 
 
+def _by_name(methods: Sequence[Method]) -> str:
+    """Methods with all their k behind each name."""
+    found: dict[str, list[str]] = {}
+    for method in methods:
+        marks = f" [{', '.join(method.marks)}]" if method.marks else ""
+        found.setdefault(method.family, []).append("" if method.k is None else f"{method.k}{marks}")
+    return _list([f"{name} (k: {', '.join(ks)})" if any(ks) else name for name, ks in found.items()])
+
+
 def _how_to_read(tasks: Sequence[Task]) -> list[str]:
     marks = dict.fromkeys(mark for task in tasks for method in task.methods for mark in method.marks)
     texts = [
         "Pooled scores are of the predictions of all folds together, averaged over seeds; their 95% "
-        "intervals and those of gains come from drawing spatial blocks of tissue with replacement. A gain is positive "
-        "where the method is better, for errors too. The best model of a task is picked from its rows by the "
-        "score shown, which flatters it a little."
+        "intervals and those of gains come from drawing spatial blocks of tissue with replacement. A gain is "
+        "positive where the method is better, for errors too. The best model of a task is picked from its "
+        "rows by the score shown, which flatters it a little."
     ]
     if marks:
         texts.append(" ".join(f"{mark.capitalize()}: {_MARKS[mark]}." for mark in marks))
@@ -141,7 +149,7 @@ def _how_to_read(tasks: Sequence[Task]) -> list[str]:
 
 def _words(task: Task, comparison: Comparison | None) -> list[str]:
     """What the task is, and what came out at each k."""
-    facts = [f"{task.label or task.kind} of {task.file}, split by {task.split}"]
+    facts = [f"{task.what} of {task.file}", *([task.unit] if task.unit else []), f"split by {task.split}"]
     facts += [f"{len(task.classes)} classes"] if task.classes else []
     folds = len(task.methods[0].folds) if task.methods else 0
     facts += [f"{folds} fold{'s' * (folds != 1)}"] if folds else []
@@ -161,12 +169,12 @@ def _words(task: Task, comparison: Comparison | None) -> list[str]:
         short = "no interval can be given" if comparison.n_blocks < 2 else "intervals are too narrow"
         texts.append(f"Only {comparison.n_blocks} block{'s' * (comparison.n_blocks != 1)}: {short}.")
     if models := [pair for pair in zip(task.methods, comparison.gains) if pair[0].group == "model"]:
-        above = [_named(method) for method, gain in models if gain and gain.above]
-        below = [_named(method) for method, gain in models if gain and gain.below]
+        above = [method for method, gain in models if gain and gain.above]
+        below = [method for method, gain in models if gain and gain.below]
         texts.append(
             f"Against the best baseline at the same k or without k, {len(above)} of {len(models)} rows of "
-            f"models are better, the interval clear of zero{f': {_list(above)}' if above else ''}."
-            + (f" Clearly worse: {_list(below)}." if below else "")
+            f"models are better, the interval clear of zero{f': {_by_name(above)}' if above else ''}."
+            + (f" Clearly worse: {_by_name(below)}." if below else "")
         )
     return texts
 
@@ -224,16 +232,10 @@ def _main_table(task: Task, comparison: Comparison) -> Table:
 
 
 def _panels(
-    task: Task,
-    comparison: Comparison | None,
-    embeddings: Sequence[tuple[str, Path]],
-    histories: Sequence[tuple[str, Path]],
-    stem: str,
+    task: Task, comparison: Comparison | None, embeddings: Mapping[str, Path], stem: str
 ) -> list[list[Drawing]]:
     model = comparison.best_model if comparison else None
-    first = [draw_curves(task, Path(f"{stem}_k.png"))]
-    if histories:
-        first.append(draw_training(histories, Path(f"{stem}_training.png")))
+    first = [draw_curves(task, Path(f"{stem}_k.png")), draw_training(task, Path(f"{stem}_training.png"))]
     panels = [[drawing for drawing in first if drawing]]
     tissue = task.tissue()
     if comparison:
@@ -249,12 +251,12 @@ def _panels(
         mapped = model or comparison.best_baseline
         if tissue and mapped:
             panels += draw_maps(task, tissue, mapped, task.pooled(mapped), stem)
-    # One of each method, that of the best model first.
-    one_each = dict(reversed(embeddings))
-    names = sorted(one_each, key=lambda what: (model is None or what != model.label, what))[:MOST_EMBEDDINGS]
+    # Those at the best model's k first.
+    k = f"-k{model.k}-" if model else ""
+    names = sorted(embeddings, key=lambda what: (k not in f"-{what}-", what))[:MOST_EMBEDDINGS]
     panels.append(
         [
-            draw_embedding(task, tissue, what, one_each[what], Path(f"{stem}_embedding{number}.png"))
+            draw_embedding(task, tissue, what, embeddings[what], Path(f"{stem}_embedding{number}.png"))
             for number, what in enumerate(names, 1)
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -99,8 +100,15 @@ class Method:
     folds: Sequence[str]
 
     @property
+    def family(self) -> str:
+        """The name without its k, if that is in it: what is one curve over k."""
+        return self.name if self.k is None else re.sub(rf"\b{self.k}\b", "k", self.name)
+
+    @property
     def label(self) -> str:
-        return self.name if self.k is None else f"{self.name}, k\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{self.k}"
+        if self.k is None or self.family != self.name:
+            return self.name
+        return f"{self.name}, k\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{self.k}"
 
     @property
     def marks(self) -> list[str]:
@@ -166,6 +174,16 @@ class Task:
     def primary(self) -> str | None:
         """None where no predictions of cells are scored."""
         return _PRIMARY.get(self.kind)
+
+    @property
+    def what(self) -> str:
+        """What is predicted."""
+        return self.label or self.name
+
+    @property
+    def scale(self) -> str:
+        """What is predicted, with its unit."""
+        return f"{self.what}, {self.unit}" if self.unit else self.what
 
     @property
     def higher_is_better(self) -> bool:
@@ -255,39 +273,6 @@ def read_results(folder: Path) -> list[Task]:
     if not any(rows.values()):
         raise InputError(rows_path, "holds no results", "run the suite first: scfm evaluate")
     return [_task(folder, record, rows[record["name"]]) for record in records]
-
-
-def attached(folder: Path, tasks: Sequence[Task], kind: str) -> dict[str, list[tuple[str, Path]]]:
-    """Files of a folder such as `embeddings`, for each task, each with what it is of.
-
-    A file is of the run whose predictions have its name, or else of the task that its name begins with.
-
-    Raises
-    ------
-    InputError
-        A file that is of no task.
-    """
-    methods = {
-        Path(row["predictions"]).stem: (task.name, method.label)
-        for task in tasks
-        for method in task.methods
-        for row in method.rows
-        if row.get("predictions")
-    }
-    found: dict[str, list[tuple[str, Path]]] = {task.name: [] for task in tasks}
-    order = list(methods)
-    for path in sorted(
-        (folder / kind).glob("*.*"),
-        key=lambda path: (order.index(path.stem) if path.stem in methods else -1, path.stem),
-    ):
-        owners = [task.name for task in tasks if path.stem.startswith(task.name)]
-        if path.stem not in methods and not owners:
-            mend = "name it after its predictions file, or begin its name with the task's"
-            raise InputError(path, "is of no task", mend)
-        owner = max(owners, key=len, default="")
-        name, what = methods.get(path.stem, (owner, path.stem.removeprefix(owner).strip(" _-.")))
-        found[name].append((what, path))
-    return found
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
