@@ -149,7 +149,7 @@ class _Training:
     @property
     def optimiser_bytes(self) -> int:
         """What the optimiser holds."""
-        begin, _ = _programs(self.states, self.config, self.kind)
+        begin, _ = _programs(self.states, self.config.of_step, self.kind)
         state = jax.eval_shape(lambda: begin(self._first(jax.random.key(0))))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["optimiser"]))
 
@@ -163,7 +163,7 @@ class _Training:
         warmup = min(int(config.warmup_share * steps), steps - 1)
         rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, steps + 1)
         factors = iter(np.asarray(jax.jit(rate)(np.arange(1, steps + 1)), np.float32))
-        begin, step = _programs(self.states, config, self.kind)
+        begin, step = _programs(self.states, config.of_step, self.kind)
         key = jax.random.key(self.seed)
         # Where the step leaves them: were they to begin elsewhere, it would be compiled twice.
         place = jnp.asarray(jax.tree.leaves(self.model.parameters)[0]).sharding

@@ -112,6 +112,18 @@ class FinetuneConfig:
         base = _BASE_RATES[self.way] if self.base_rate is None else self.base_rate
         return {"base": base, "head": self.head_rate}
 
+    @property
+    def of_step(self) -> FinetuneConfig:
+        """What of it a training step is compiled for."""
+        return FinetuneConfig(
+            way=self.way,
+            head=self.head,
+            lora=self.lora,
+            base_rate=self.base_rate,
+            head_rate=self.head_rate,
+            weight_decay=self.weight_decay,
+        )
+
     def combined(self, parameters: Parameters, base: Parameters) -> Parameters:
         """A model's parameters with what was trained of them."""
         return adapted(parameters, base, self.lora) if self.way == "lora" else {**parameters, **base}

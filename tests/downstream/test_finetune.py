@@ -236,16 +236,16 @@ def test_nicheformer_with_another_niche(ranks: RunConfig, tissue: Tissue, tmp_pa
 
 
 def test_the_same_seed_gives_the_same(model: TrainedModel, tissue: Tissue) -> None:
-    config = replace(FAST, epochs=2, head=HeadConfig("mean_tanh"), max_train_cells=100)
+    config = replace(FAST, epochs=2, max_train_cells=100)
     first, again, other = (tissue.finetune(model, config, seed=seed) for seed in (3, 3, 4))
     jax.tree.map(np.testing.assert_array_equal, first.trained, again.trained)
     assert [row["train_loss"] for row in first.history] == [row["train_loss"] for row in again.history]
     assert first.history[0]["train_loss"] != other.history[0]["train_loss"]
 
 
-@pytest.mark.parametrize("size", [16, 25])
-def test_the_loss_is_that_of_every_training_cell_once(size: int, model: TrainedModel, tissue: Tissue) -> None:
+def test_the_loss_is_that_of_every_training_cell_once(model: TrainedModel, tissue: Tissue) -> None:
     """At rate 0 nothing moves: the loss follows from the probabilities, whatever fills the last batch."""
+    size = 25
     config = replace(FAST, epochs=1, batch_size=size, base_rate=0.0, head_rate=0.0, balanced=False)
     result = tissue.finetune(model, replace(config, label_smoothing=0.0))
     fit, _ = split_blocks(tissue.codes[tissue.train], tissue.block[tissue.train], 0)
@@ -337,7 +337,7 @@ def test_bad_input_says_what_to_mend(model: TrainedModel, tissue: Tissue) -> Non
     ):
         with pytest.raises(InputError, match=message):
             tissue.finetune(model, FAST, targets, **more)
-    with pytest.raises(InputError, match="lora.targets"):
+    with pytest.raises(InputError, match=r"lora\.targets"):
         tissue.finetune(model, replace(FAST, lora=LoraConfig(targets=("proj",))))
     with pytest.raises(InputError, match="loss of epoch 1 is not finite"):
         tissue.finetune(model, replace(FAST, way="head", head_rate=1e38, epochs=1))

@@ -115,34 +115,33 @@ def test_weights_are_the_two_paths(randomised: Callable[..., Any], monkeypatch: 
         np.testing.assert_allclose(mine[row, :length], stated[row, :length], atol=2e-5)
 
 
-def test_gradients_of_the_factors(randomised: Callable[..., Any]) -> None:
-    """With G the gradient of the kernel, that of A is s G B' and that of B is s A' G."""
-    graph, parameters = randomised(tissue, std=0.3)
+@pytest.mark.parametrize("build", [tissue, nicheformer])
+def test_gradients(randomised: Callable[..., Any], build: Any) -> None:
+    """With G the gradient of a kernel, that of A is s G B' and that of B is s A' G; what only serves
+    pretraining has none."""
+    graph, parameters = randomised(build, std=0.3)
     adapters = drawn(init_adapters(parameters, CONFIG, jax.random.key(0)))
 
     def loss(parameters: Any) -> jax.Array:
-        return (hidden(graph, parameters) ** 2).sum()
+        return (hidden(graph, parameters) ** 3).sum()
 
-    of_kernels = flatten_dict(jax.grad(loss)(adapted(parameters, adapters, CONFIG)))
-    of_factors = flatten_dict(jax.grad(lambda factors: loss(adapted(parameters, factors, CONFIG)))(adapters))
-    for path, gradient in of_factors.items():
-        kernel = np.asarray(of_kernels[*path[:-1], "kernel"], np.float64)
-        factors = {part: np.asarray(flatten_dict(adapters)[*path[:-1], part], np.float64) for part in "ab"}
-        if path[-1] == "a":
-            stated = 2 * np.einsum("lio,lro->lir", kernel, factors["b"])
-        else:
-            stated = 2 * np.einsum("lir,lio->lro", factors["a"], kernel)
-        np.testing.assert_allclose(gradient, stated, rtol=1e-4, atol=1e-4 * np.abs(stated).max())
+    @jax.jit
+    def gradients(factors: Any) -> Any:
+        of_weights = jax.grad(loss)(adapted(parameters, factors, CONFIG))
+        return of_weights, jax.grad(lambda factors: loss(adapted(parameters, factors, CONFIG)))(factors)
 
-
-@pytest.mark.parametrize("build", [tissue, nicheformer])
-def test_hidden_states_depend_on_what_encodes_and_on_nothing_else(
-    randomised: Callable[..., Any], build: Any
-) -> None:
-    graph, parameters = randomised(build, std=0.3)
-    gradients = jax.grad(lambda parameters: (hidden(graph, parameters) ** 3).sum())(parameters)
-    used = {name for name, part in gradients.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
+    of_weights, of_factors = gradients(adapters)
+    used = {name for name, part in of_weights.items() if any(np.any(leaf) for leaf in jax.tree.leaves(part))}
     assert used == set(encoding(parameters))
+    kernels, factors = flatten_dict(of_weights), flatten_dict(adapters)
+    for path, gradient in flatten_dict(of_factors).items():
+        kernel = np.asarray(kernels[*path[:-1], "kernel"], np.float64)
+        a, b = (np.asarray(factors[*path[:-1], part], np.float64) for part in "ab")
+        if path[-1] == "a":
+            stated = 2 * np.einsum("lio,lro->lir", kernel, b)
+        else:
+            stated = 2 * np.einsum("lir,lio->lro", a, kernel)
+        np.testing.assert_allclose(gradient, stated, rtol=1e-4, atol=1e-4 * np.abs(stated).max())
 
 
 def test_under_one_and_a_half_per_cent_of_nicheformer() -> None:
