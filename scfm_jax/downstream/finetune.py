@@ -92,23 +92,25 @@ def finetune(
     best = FineTuned(model, config, kind, {}, scale, optimiser_bytes=training.optimiser_bytes)
     history: list[dict[str, float]] = []
     started = time.monotonic()
-    for epoch, (trained, loss) in enumerate(training.epochs(fit), start=1):
+    note = ""
+    passes = training.epochs(fit, lambda done: progress(done, planned, note))
+    for epoch, (trained, loss) in enumerate(passes, start=1):
         now = replace(best, trained=trained)
         said = training.answers(now, held_out)
         row = {"epoch": epoch, "train_loss": loss, "validation_score": score(kind, targets[held_out], said)}
         history.append({**row, "seconds": time.monotonic() - started})
         if not best.history or row["validation_score"] > best.chosen["validation_score"]:
-            # The step takes the state's buffers: what stays is copied.
-            best = replace(best, trained=jax.device_get(trained), history=tuple(history))
+            # The step takes the state's buffers, of which a CPU's arrays are views: what stays is copied.
+            best = replace(best, trained=jax.tree.map(np.array, trained), history=tuple(history))
         note = f"loss {loss:.4f}  validation {row['validation_score']:.3f}"
-        progress(epoch * planned // config.epochs, planned, note)
         if epoch - best.chosen["epoch"] >= config.patience:
             break
     best = replace(best, history=tuple(history))
     if config.refit:
         stop = int(best.chosen["epoch"])
-        *_, (trained, _) = itertools.islice(training.epochs(np.arange(len(cells))), stop)
-        best = replace(best, trained=jax.device_get(trained))
+        everyone = training.epochs(np.arange(len(cells)), lambda done: progress(planned, planned, note))
+        *_, (trained, _) = itertools.islice(everyone, stop)
+        best = replace(best, trained=jax.tree.map(np.array, trained))
     progress(planned, planned, f"epoch {best.chosen['epoch']} of {len(history)} chosen")
     return best
 
@@ -153,30 +155,35 @@ class _Training:
         state = jax.eval_shape(lambda: begin(self._first(jax.random.key(0))))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["optimiser"]))
 
-    def epochs(self, rows: Int64[np.ndarray, " f"]) -> Iterator[tuple[Parameters, float]]:
+    def epochs(
+        self, rows: Int64[np.ndarray, " f"], report: Callable[[int], None]
+    ) -> Iterator[tuple[Parameters, float]]:
         """What is trained, and the mean loss, after every epoch over `rows`.
 
-        The trained arrays hold until the next epoch is asked for.
+        The trained arrays hold until the next epoch is asked for. `report` is told the steps done.
         """
         config, size = self.config, self.config.batch_size
         steps = config.epochs * -(-len(rows) // size)
         warmup = min(int(config.warmup_share * steps), steps - 1)
         rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, steps + 1)
-        factors = iter(np.asarray(jax.jit(rate)(np.arange(1, steps + 1)), np.float32))
+        factors = np.asarray(jax.jit(rate)(np.arange(1, steps + 1)), np.float32)
         begin, step = _programs(self.states, config.of_step, self.kind)
         key = jax.random.key(self.seed)
         # Where the step leaves them: were they to begin elsewhere, it would be compiled twice.
         place = jnp.asarray(jax.tree.leaves(self.model.parameters)[0]).sharding
         state = jax.device_put(begin(self._first(key)), place)
         frozen = {"model": {} if config.way == "head" else self.model.parameters, "features": self.standard}
+        done = 0
         for epoch in range(config.epochs):
             sums = []
             for chosen, inputs in self._batches(rows, epoch):
                 filled = np.resize(chosen, size)
                 weight = np.where(np.arange(size) < len(chosen), self.weights[filled], 0.0)
-                arguments = inputs, self.goals[filled], weight.astype(np.float32), next(factors)
+                arguments = inputs, self.goals[filled], weight.astype(np.float32), factors[done]
                 state, of_step = step(state, frozen, *arguments, key)
                 sums.append(of_step)
+                done += 1
+                report(done)
             loss, weight = np.sum(jax.device_get(sums), axis=0)  # once an epoch: a look waits for the device
             if not np.isfinite(loss):
                 raise InputError(

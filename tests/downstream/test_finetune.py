@@ -256,16 +256,19 @@ def test_the_loss_is_that_of_every_training_cell_once(model: TrainedModel, tissu
 
 
 def test_the_best_epoch_is_kept_and_can_be_trained_anew_on_all(model: TrainedModel, tissue: Tissue) -> None:
-    config = replace(FAST, way="head", epochs=30, patience=4)
+    config = replace(FAST, epochs=12, patience=2)
     result = tissue.finetune(model, config)
     scores = [row["validation_score"] for row in result.history]
     assert result.chosen["validation_score"] == max(scores)
-    assert len(scores) - result.chosen["epoch"] == 4 or len(scores) == 30
+    assert len(scores) - result.chosen["epoch"] == 2 or len(scores) == 12
     codes, cells = tissue.codes[tissue.train], tissue.train
     _, held_out = split_blocks(codes, tissue.block[cells], 0)
     said = result.predict(tissue.corpus, cells[held_out])
     assert score("classes", codes[held_out], said) == pytest.approx(max(scores))
-    anew = tissue.finetune(model, replace(config, refit=True))
+    steps: list[tuple[int, int]] = []
+    anew = tissue.finetune(model, replace(config, refit=True), progress=lambda *said: steps.append(said[:2]))
+    assert [done for done, _ in steps[: len(scores)]] == list(range(1, len(scores) + 1))
+    assert steps[-1][0] == steps[-1][1] == 12 * -(-(len(codes) - len(held_out)) // 16)
     assert [row["validation_score"] for row in anew.history] == scores
     assert np.any(anew.trained["head"]["out"]["kernel"] != result.trained["head"]["out"]["kernel"])
 
