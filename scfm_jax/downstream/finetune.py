@@ -14,17 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float, Float32, Int, Int64, Shaped
-from sklearn.metrics import f1_score, r2_score
-from sklearn.utils.class_weight import compute_class_weight
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.downstream.embed import CellStates, EmbeddingConfig, embed_cells
-from scfm_jax.downstream.finetuned import FinetuneConfig, FineTuned, Kind
+from scfm_jax.downstream.finetuned import FinetuneConfig, FineTuned
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.downstream.probe import split_blocks
+from scfm_jax.downstream.targets import Kind, cell_losses, check_targets, drawn, loss_targets, score
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import Parameters
-from scfm_jax.models.heads import apply_head, init_head, pooled
+from scfm_jax.models.heads import apply_head, init_head, pooled, unstandardised
 from scfm_jax.models.lora import encoding, init_adapters
 
 _CLIP = 1.0
@@ -35,7 +34,7 @@ def finetune(
     model: TrainedModel,
     corpus: Corpus,
     cells_train: Int64[np.ndarray, " n"],
-    targets_train: Shaped[np.ndarray, n * c],
+    targets_train: Shaped[np.ndarray, " n *c"],
     blocks_train: Int[np.ndarray, " n"],
     config: FinetuneConfig,
     *,
@@ -78,12 +77,14 @@ def finetune(
     """
     if config.neighbours is not None:
         model = model.with_neighbours(config.neighbours)
-    outputs = _check_targets(targets_train, kind, n_classes)
-    kept = _drawn(targets_train, kind, config.max_train_cells, seed)
+    outputs = check_targets(targets_train, kind, n_classes)
+    kept = drawn(targets_train, kind, config.max_train_cells, seed)
     cells, targets = cells_train[kept], targets_train[kept]
     codes = targets if kind == "classes" else None
     fit, held_out = split_blocks(codes, blocks_train[kept], seed, config.validation_share)
-    goals, weights, scale = loss_targets(targets, kind, outputs, config)
+    goals, weights, scale = loss_targets(
+        targets, kind, outputs, label_smoothing=config.label_smoothing, balanced=config.balanced
+    )
     states = CellStates.of(model, EmbeddingConfig(pooling=config.head.pooling))
     training = _Training(model, corpus, cells, goals, weights, config, kind, states, seed)
     planned = config.epochs * -(-len(fit) // config.batch_size)
@@ -91,57 +92,27 @@ def finetune(
     best = FineTuned(model, config, kind, {}, scale, optimiser_bytes=training.optimiser_bytes)
     history: list[dict[str, float]] = []
     started = time.monotonic()
-    for epoch, (trained, loss) in enumerate(training.epochs(fit), start=1):
+    note = ""
+    passes = training.epochs(fit, lambda done: progress(done, planned, note))
+    for epoch, (trained, loss) in enumerate(passes, start=1):
         now = replace(best, trained=trained)
         said = training.answers(now, held_out)
-        row = {"epoch": epoch, "train_loss": loss, "validation_score": _score(kind, targets[held_out], said)}
+        row = {"epoch": epoch, "train_loss": loss, "validation_score": score(kind, targets[held_out], said)}
         history.append({**row, "seconds": time.monotonic() - started})
         if not best.history or row["validation_score"] > best.chosen["validation_score"]:
-            # The step takes the state's buffers: what stays is copied.
-            best = replace(best, trained=jax.device_get(trained), history=tuple(history))
+            # The step takes the state's buffers, of which a CPU's arrays are views: what stays is copied.
+            best = replace(best, trained=jax.tree.map(np.array, trained), history=tuple(history))
         note = f"loss {loss:.4f}  validation {row['validation_score']:.3f}"
-        progress(epoch * planned // config.epochs, planned, note)
         if epoch - best.chosen["epoch"] >= config.patience:
             break
     best = replace(best, history=tuple(history))
     if config.refit:
         stop = int(best.chosen["epoch"])
-        *_, (trained, _) = itertools.islice(training.epochs(np.arange(len(cells))), stop)
-        best = replace(best, trained=jax.device_get(trained))
+        everyone = training.epochs(np.arange(len(cells)), lambda done: progress(planned, planned, note))
+        *_, (trained, _) = itertools.islice(everyone, stop)
+        best = replace(best, trained=jax.tree.map(np.array, trained))
     progress(planned, planned, f"epoch {best.chosen['epoch']} of {len(history)} chosen")
     return best
-
-
-def loss_targets(
-    targets: Shaped[np.ndarray, n * c], kind: Kind, outputs: int, config: FinetuneConfig
-) -> tuple[Float32[np.ndarray, "n o"], Float32[np.ndarray, " n"], tuple[float, float]]:
-    """What the loss compares a head's outputs with, the weight of each cell, and mean and spread of values.
-
-    With classes, entry c is the smoothed probability of c times the weight of c, and a cell weighs as its
-    class does: summed cross-entropy over summed weights is PyTorch's ``CrossEntropyLoss(weight,
-    label_smoothing)``. A class without cells weighs nothing.
-    """
-    even = np.ones(len(targets), np.float32)
-    if kind == "composition":
-        return targets.astype(np.float32), even, (0.0, 1.0)
-    if kind == "value":
-        mean, spread = float(targets.mean()), float(targets.std())
-        return ((targets - mean) / spread).astype(np.float32)[:, None], even, (mean, spread)
-    present, of_class = np.unique(targets), np.zeros(outputs, np.float32)
-    balance = "balanced" if config.balanced else None
-    of_class[present] = compute_class_weight(balance, classes=present, y=targets)
-    of_class /= of_class[present].mean()
-    smooth = optax.smooth_labels(np.eye(outputs, dtype=np.float32), config.label_smoothing) * of_class
-    return np.asarray(smooth)[targets], of_class[targets], (0.0, 1.0)
-
-
-def cell_losses(
-    said: Float[jax.Array, "b o"], goals: Float[jax.Array, "b o"], kind: Kind
-) -> Float[jax.Array, " b"]:
-    """Squared error of a value, or cross-entropy with (weighted) probabilities, cell by cell."""
-    if kind == "value":
-        return ((said - goals) ** 2)[:, 0]
-    return optax.softmax_cross_entropy(said, goals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +134,14 @@ class _Training:
         """Of all cells, by the base."""
         return embed_cells(self.model, self.corpus, self.cells, config=self.states.config)
 
+    @functools.cached_property
+    def standard(self) -> tuple[Float32[np.ndarray, " d"], Float32[np.ndarray, " d"]]:
+        """Mean and spread of the features that the head learns on."""
+        if not self.config.standardise:
+            return np.zeros(self.model.width, np.float32), np.ones(self.model.width, np.float32)
+        spread = self.features.std(0)
+        return self.features.mean(0), np.where(spread > 0, spread, 1.0).astype(np.float32)
+
     def answers(self, tuned: FineTuned, rows: Int64[np.ndarray, " m"]) -> np.ndarray:
         """What `tuned` says of some of the cells."""
         if self.config.way == "head":
@@ -172,38 +151,52 @@ class _Training:
     @property
     def optimiser_bytes(self) -> int:
         """What the optimiser holds."""
-        begin, _ = _programs(self.states, self.config, self.kind)
+        begin, _ = _programs(self.states, self.config.of_step, self.kind)
         state = jax.eval_shape(lambda: begin(self._first(jax.random.key(0))))
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state["optimiser"]))
 
-    def epochs(self, rows: Int64[np.ndarray, " f"]) -> Iterator[tuple[Parameters, float]]:
+    def epochs(
+        self, rows: Int64[np.ndarray, " f"], report: Callable[[int], None]
+    ) -> Iterator[tuple[Parameters, float]]:
         """What is trained, and the mean loss, after every epoch over `rows`.
 
-        The trained arrays hold until the next epoch is asked for.
+        The trained arrays hold until the next epoch is asked for. `report` is told the steps done.
         """
         config, size = self.config, self.config.batch_size
         steps = config.epochs * -(-len(rows) // size)
         warmup = min(int(config.warmup_share * steps), steps - 1)
         rate = optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, steps + 1)
-        factors = iter(np.asarray(rate(np.arange(1, steps + 1)), np.float32))
-        begin, step = _programs(self.states, config, self.kind)
+        factors = np.asarray(jax.jit(rate)(np.arange(1, steps + 1)), np.float32)
+        begin, step = _programs(self.states, config.of_step, self.kind)
         key = jax.random.key(self.seed)
-        state = begin(self._first(key))
-        frozen = {} if config.way == "head" else self.model.parameters
+        # Where the step leaves them: were they to begin elsewhere, it would be compiled twice.
+        place = jnp.asarray(jax.tree.leaves(self.model.parameters)[0]).sharding
+        state = jax.device_put(begin(self._first(key)), place)
+        frozen = {"model": {} if config.way == "head" else self.model.parameters, "features": self.standard}
+        done = 0
         for epoch in range(config.epochs):
             sums = []
             for chosen, inputs in self._batches(rows, epoch):
                 filled = np.resize(chosen, size)
                 weight = np.where(np.arange(size) < len(chosen), self.weights[filled], 0.0)
-                arguments = inputs, self.goals[filled], weight.astype(np.float32), next(factors)
+                arguments = inputs, self.goals[filled], weight.astype(np.float32), factors[done]
                 state, of_step = step(state, frozen, *arguments, key)
                 sums.append(of_step)
+                done += 1
+                report(done)
             loss, weight = np.sum(jax.device_get(sums), axis=0)  # once an epoch: a look waits for the device
             if not np.isfinite(loss):
                 raise InputError(
                     "base_rate, head_rate", f"the loss of epoch {epoch + 1} is not finite", "lower them"
                 )
-            yield state["trained"], float(loss / weight)
+            trained = state["trained"]
+            yield (
+                {
+                    "base": trained["base"],
+                    "head": unstandardised(trained["head"], *map(jnp.asarray, self.standard)),
+                },
+                float(loss / weight),
+            )
 
     def _first(self, key: jax.Array) -> Parameters:
         config, parameters = self.config, self.model.parameters
@@ -212,7 +205,7 @@ class _Training:
         if config.way == "lora":
             base = init_adapters(parameters, config.lora, of_base)
         elif config.way == "full":
-            base = jax.tree.map(jnp.copy, encoding(parameters))
+            base = encoding(parameters)
         return {
             "base": base,
             "head": init_head(config.head, self.model.width, self.goals.shape[1], of_head),
@@ -253,7 +246,8 @@ def _programs(states: CellStates, config: FinetuneConfig, kind: Kind) -> tuple[A
 
     def begin(trained: Parameters) -> dict[str, Any]:
         return {
-            "trained": trained,
+            # The step takes the state's buffers, and the base keeps its own.
+            "trained": jax.tree.map(jnp.copy, trained),
             "optimiser": optimiser.init(trained),
             "step": jnp.zeros((), jnp.uint32),
         }
@@ -270,10 +264,11 @@ def _programs(states: CellStates, config: FinetuneConfig, kind: Kind) -> tuple[A
         def loss(trained: Parameters) -> tuple[jax.Array, jax.Array]:
             features = inputs
             if config.way != "head":
-                parameters = config.combined(frozen, trained["base"])
+                parameters = config.combined(frozen["model"], trained["base"])
                 features = pooled(*states(parameters, inputs), config.head.pooling)
+            mean, spread = frozen["features"]
             dropout = jax.random.fold_in(key, state["step"])
-            said = apply_head(trained["head"], config.head, features, dropout)
+            said = apply_head(trained["head"], config.head, (features - mean) / spread, dropout)
             losses = cell_losses(said, goals, kind)
             # A cell's weight is in its probabilities; what fills a batch has none.
             total = jnp.sum(jnp.where(weight > 0, losses, 0.0))
@@ -288,7 +283,7 @@ def _programs(states: CellStates, config: FinetuneConfig, kind: Kind) -> tuple[A
         }
         return new, (total, jnp.sum(weight))
 
-    return begin, jax.jit(step, donate_argnums=0)
+    return jax.jit(begin), jax.jit(step, donate_argnums=0)
 
 
 def _parts(trained: Parameters) -> Parameters:
@@ -298,46 +293,3 @@ def _parts(trained: Parameters) -> Parameters:
 
 def _decays(parameters: Parameters) -> Parameters:
     return jax.tree.map_with_path(lambda path, leaf: path[-1].key in ("kernel", "a", "b"), parameters)
-
-
-def _check_targets(targets: Shaped[np.ndarray, n * c], kind: Kind, n_classes: int | None) -> int:
-    """How many numbers the head says; an error where targets are not what `kind` says."""
-    if kind == "value":
-        if not np.isfinite(targets).all():
-            raise InputError("targets_train", "some values are not finite", "leave these cells out")
-        if targets.std() == 0:
-            raise InputError("targets_train", "all values are equal", "choose another target")
-        return 1
-    if kind == "composition":
-        if (targets < 0).any() or not np.allclose(targets.sum(1), 1.0, atol=1e-3):
-            raise InputError("targets_train", "some rows are no distribution", "let them sum to 1")
-        return targets.shape[1]
-    outputs = int(targets.max()) + 1 if n_classes is None else n_classes
-    if (targets < 0).any():
-        raise InputError("targets_train", "negative codes mean no label", "leave these cells out")
-    if targets.max() >= outputs:
-        raise InputError(
-            "targets_train", f"code {targets.max()} is beyond {outputs} classes", "count them again"
-        )
-    return outputs
-
-
-def _drawn(targets: Shaped[np.ndarray, n * c], kind: Kind, most: int, seed: int) -> Int64[np.ndarray, " m"]:
-    """Rows of at most `most` cells (0: all): every so many along the classes or values in order."""
-    if not most or len(targets) <= most:
-        return np.arange(len(targets))
-    random = np.random.default_rng(seed)
-    along = targets.argmax(1) if kind == "composition" else targets
-    order = np.lexsort((random.random(len(targets)), along))
-    return np.sort(order[((np.arange(most) + random.random()) * len(targets) / most).astype(np.int64)])
-
-
-def _score(kind: Kind, truth: np.ndarray, said: np.ndarray) -> float:
-    """Higher is better; see `FineTuned.history`."""
-    if kind == "classes":
-        return float(
-            f1_score(truth, said.argmax(1), labels=np.unique(truth), average="macro", zero_division=0)
-        )
-    if kind == "composition":
-        return float(np.sum(truth * np.log(np.maximum(said, 1e-12)), axis=1).mean())
-    return float(r2_score(truth, said))

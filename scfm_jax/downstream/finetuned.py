@@ -21,6 +21,7 @@ from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.technology_means import read_means
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells
 from scfm_jax.downstream.model import TrainedModel, open_model
+from scfm_jax.downstream.targets import Kind
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.functional import Parameters, count_parameters
 from scfm_jax.models.heads import HeadConfig, apply_head
@@ -29,7 +30,6 @@ from scfm_jax.training.config import from_dict
 from scfm_jax.training.run import save_technology_means, write_weights
 
 Way = Literal["full", "lora", "head"]
-Kind = Literal["classes", "composition", "value"]
 RECORD, WEIGHTS = "finetune.json", "weights.safetensors"
 _BASE_RATES: dict[Way, float] = {"lora": 5e-4, "full": 1e-4, "head": 0.0}
 
@@ -56,6 +56,10 @@ class FinetuneConfig:
         Share of a class's probability that is spread over all classes.
     balanced
         Weigh classes by the inverse of their cells, with mean 1 over the classes.
+    standardise
+        Let the head learn on features of mean 0 and spread 1 over the training cells, as the base gives them
+        (ours): pooled features of cells differ by little beside what they share, and a head that sees them as
+        they are (published) learns slowly. It is stored as a plain head either way.
     warmup_share
         Of all steps, on a line from rate zero; a cosine to zero follows.
     weight_decay
@@ -81,6 +85,7 @@ class FinetuneConfig:
     head_rate: float = 5e-3
     label_smoothing: float = 0.1
     balanced: bool = True
+    standardise: bool = True
     warmup_share: float = 0.1
     weight_decay: float = 0.01
     validation_share: float = 0.2
@@ -106,6 +111,18 @@ class FinetuneConfig:
         """Peak learning rate of each part of what is trained."""
         base = _BASE_RATES[self.way] if self.base_rate is None else self.base_rate
         return {"base": base, "head": self.head_rate}
+
+    @property
+    def of_step(self) -> FinetuneConfig:
+        """What of it a training step is compiled for."""
+        return FinetuneConfig(
+            way=self.way,
+            head=self.head,
+            lora=self.lora,
+            base_rate=self.base_rate,
+            head_rate=self.head_rate,
+            weight_decay=self.weight_decay,
+        )
 
     def combined(self, parameters: Parameters, base: Parameters) -> Parameters:
         """A model's parameters with what was trained of them."""

@@ -103,3 +103,10 @@ def apply_head(
             kept = jax.random.bernoulli(key, 1 - config.dropout, features.shape)
             features = jnp.where(kept, features / (1 - config.dropout), 0.0)
     return linear(head["out"], features)
+
+
+def unstandardised(head: Parameters, mean: Float[Array, " d"], spread: Float[Array, " d"]) -> Parameters:
+    """The head that says of features what `head` says of ``(features - mean) / spread``."""
+    first = "inner" if "inner" in head else "out"
+    kernel = head[first]["kernel"] / spread[:, None]
+    return {**head, first: {"kernel": kernel, "bias": head[first]["bias"] - mean @ kernel}}
