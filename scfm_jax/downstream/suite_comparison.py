@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -41,12 +42,15 @@ class Comparison:
     pooled
         The primary score of each method, in the order of the task's.
     gains
-        Over the best baseline at the method's k or without k; None for that baseline itself.
-    best, best_baseline, best_model
-        By pooled score, among methods that are complete and do not leak where there are any. None where there
-        is no such method.
+        Over the best baseline at the method's k or without k, on the folds that the method has; None for that
+        baseline itself.
+    best, best_model
+        By pooled score, among methods that are complete, do not leak and are not transductive, where there
+        are any. None where there is no method of the kind.
+    best_baseline
+        At any k, on the folds that the best model has.
     verdict
-        The gain of the best model over the best baseline at any k.
+        The gain of the best model over the best baseline.
     n_blocks
         The fewest spatial blocks that a pooled score is of.
     """
@@ -75,46 +79,51 @@ def compare(task: Task) -> Comparison:
         Below 10 blocks, where intervals are too narrow.
     """
     pooled = [task.pooled(method) for method in task.methods]
-    intervals = [_interval(task, of_method) for of_method in pooled]
     n_blocks = min((len(np.unique(of_method.block)) for of_method in pooled), default=0)
-    values = {id(method): found.value for method, found in zip(task.methods, intervals)}
+    sign = 1 if task.higher_is_better else -1
 
-    def best(methods: Iterable[Method]) -> Method | None:
-        sign = 1 if task.higher_is_better else -1
-        defined = [method for method in methods if not math.isnan(values[id(method)])]
-        for fits in (lambda m: m.clean, lambda m: not m.leaking, lambda m: True):
-            if some := [method for method in defined if fits(method)]:
-                return max(some, key=lambda method: sign * values[id(method)])
-        return None
+    @functools.cache
+    def goodness(method: Method, folds: tuple[str, ...]) -> float:
+        return sign * _score(task, task.pooled(method, folds))
 
-    def best_baseline(of: Method, k_fits: bool) -> Method | None:
-        # One that leaks is no measure for a method that does not.
-        return best(
-            method
-            for method in task.methods
-            if method.group == "baseline"
-            and (of.leaking or not method.leaking)
-            and (not k_fits or method.k in (None, 0, of.k))
-            and set(method.pooled_folds) & set(of.pooled_folds)
-        )
+    def best(methods: Iterable[Method], folds: Sequence[str] | None = None) -> Method | None:
+        """On some folds alone, where they are given."""
+        found = {
+            method: goodness(method, tuple(f for f in method.pooled_folds if folds is None or f in folds))
+            for method in methods
+        }
+        return max((m for m in found if not math.isnan(found[m])), key=lambda m: found[m], default=None)
+
+    def foremost(methods: Sequence[Method]) -> Method | None:
+        """Of those that nothing excuses or flatters, or else of those that do not leak, or else of all."""
+        clean, honest = [m for m in methods if m.clean], [m for m in methods if not m.leaking]
+        return best(clean) or best(honest) or best(methods)
+
+    def best_baseline(of: Method, ks: Iterable[int | None]) -> Method | None:
+        """On the folds that the method has; one that leaks is no measure for a method that does not."""
+        folds = set(of.pooled_folds)
+        found = [m for m in baselines if m.k in ks and folds & set(m.pooled_folds)]
+        found = [m for m in found if m.leaking == of.leaking] or (found if of.leaking else [])
+        return best([m for m in found if folds <= set(m.pooled_folds)] or found, of.pooled_folds)
 
     def gain(method: Method, against: Method | None) -> Gain | None:
         if against is None or against is method:
             return None
         return Gain(_difference(task, method, against), against)
 
-    gains = [gain(method, best_baseline(method, k_fits=True)) for method in task.methods]
-    model = best(method for method in task.methods if method.group == "model")
-    overall = best_baseline(model, k_fits=False) if model else None
+    baselines, models = ([m for m in task.methods if m.group == group] for group in ("baseline", "model"))
+    gains = [gain(method, best_baseline(method, (None, 0, method.k))) for method in task.methods]
+    model = foremost(models)
+    overall = best_baseline(model, {m.k for m in baselines}) if model else foremost(baselines)
     if 2 <= n_blocks < FEW_BLOCKS:
         text = f"task {task.name!r}: {n_blocks} blocks of tissue, its intervals are too narrow"
         warnings.warn(text, DataWarning, stacklevel=2)
     return Comparison(
         task,
-        intervals,
+        [_interval(task, of_method) for of_method in pooled],
         gains,
-        best(task.methods),
-        overall or best(method for method in task.methods if method.group == "baseline"),
+        foremost(task.methods),
+        overall,
         model,
         gain(model, overall) if model else None,
         n_blocks,

@@ -27,7 +27,7 @@ MOST_EMBEDDINGS = 4
 _MARKS = {
     "leaking": "tested on cells that neighbour or equal its training cells: too good",
     "transductive": "has seen the test tissue, though not its labels, in pretraining",
-    "incomplete": "folds are missing, so its scores are of other cells than those beside it",
+    "incomplete": "lacks folds, so that its scores are of fewer cells; its gain is on folds that both have",
 }
 
 

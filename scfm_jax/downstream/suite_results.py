@@ -77,7 +77,7 @@ class Tissue(NamedTuple):
     truth: Num[np.ndarray, "n ..."]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """All runs of one method at one k: a row of the table.
 
@@ -154,7 +154,7 @@ class Method:
         return np.array([np.mean(values[fold]) for fold in self.folds if fold in values])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A task of a suite with its methods; `primary` is the score that it is judged by."""
 

@@ -33,7 +33,13 @@ def test_rows_that_leak_are_no_measure_for_rows_that_do_not(tmp_path):
         row["transductive"] = row["method"] == "wide"
     (found,), first = judged(suite)
     assert found.best.name == found.best_model.name == "probe"
-    assert [gain.against.name if gain else None for gain in found.gains] == [None, "own", "own", "own", "own"]
+    assert [gain.against.name if gain else None for gain in found.gains] == [
+        None,
+        None,
+        "own",
+        "coordinates",
+        "own",
+    ]
     assert "beats the best baseline, its 95% interval clear of zero, in the one task: region (probe" in first
     for row in suite.rows:
         row["leaking"] = row["group"] == "baseline"

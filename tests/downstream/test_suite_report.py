@@ -178,36 +178,29 @@ def test_page_and_markdown_hold_all_that_was_drawn_and_said(whole):
 def test_a_run_that_lacks_folds_is_marked_never_best_and_compared_on_the_folds_it_has(tmp_path):
     suite = Suite(tmp_path)
     methods = [("own", "baseline", None, 1.5), ("probe", "model", None, 1.6), ("LoRA", "model", 8, 0.3)]
-    suite.task("region", "classes", methods, seeds=(0,))
+    suite.task("region", "classes", [("means", "baseline", None, 0.9), *methods], seeds=(0,))
     suite.task("depth", "value", methods, seeds=(0,), folds=[*FOLDS, "3"])
     suite.task("later", "value", [])
-    suite.rows.remove(of(suite.rows, task="region", method="LoRA", fold="1")[0])
+    for method in ("LoRA", "means"):
+        suite.rows.remove(of(suite.rows, task="region", method=method, fold="1")[0])
     lines = suite.write() / "results.jsonl"
-    tasks = read_results(tmp_path)
-    region, depth, _ = tasks
-    lora = region.methods[2]
+    region, depth, _ = read_results(tmp_path)
+    means, own, probe, lora = region.methods
     assert (lora.marks, lora.missing, lora.pooled_folds) == (["incomplete"], ["1"], ["0", "2"])
     assert [method.missing for method in depth.methods] == [["3"]] * 3
     found = compare(region)
-    assert found.best is region.methods[0]
-    assert found.best_model is region.methods[1]
-    held = [predictions(suite, task="region", method="LoRA")]
-    held += (
-        [
-            np.concatenate(part)
-            for part in zip(
-                *(predictions(suite, task="region", method="own", fold=fold) for fold in ("0", "2"))
-            )
-        ],
-    )
+    assert (found.best, found.best_model, found.best_baseline) == (own, probe, own)
+    # Where both lack a fold, the better baseline is the measure; no fold of the probe may be left out for it.
+    assert [gain.against if gain else None for gain in found.gains] == [None, None, own, means]
+    held = [predictions(suite, task="region", method=method) for method in ("LoRA", "means")]
     scores = [f1_score(truth, predicted.argmax(1), average="macro") for truth, predicted in held]
-    assert found.gains[2].interval.value == pytest.approx(scores[0] - scores[1], abs=1e-12)
+    assert found.gains[3].interval.value == pytest.approx(scores[0] - scores[1], abs=1e-12)
     for path in (tmp_path / "tissue").iterdir():
         path.unlink()
     page = read(write_suite_report(tmp_path))
     assert "No results yet: later. Incomplete, with folds missing: region and depth." in page.paragraphs[0]
-    assert "Incomplete. Folds are missing of LoRA, k = 8 (fold 1)." in page.paragraphs
-    assert page.marks.count("incomplete") == 2 + 2 * 3
+    assert "Incomplete. Folds are missing of means (fold 1) and LoRA, k = 8 (fold 1)." in page.paragraphs
+    assert page.marks.count("incomplete") == 2 * 2 + 2 * 3
     # A line that a crash cut short counts as missing, and nothing else is lost.
     lines.write_text(lines.read_text()[:-40])
     assert [len(method.rows) for method in read_results(tmp_path)[1].methods] == [3, 3, 2]
