@@ -84,6 +84,16 @@ def test_a_far_cell_does_not_change_it_and_a_neighbour_does(model, slide, embedd
     assert not moved[np.argsort(distance)[-20:]].any()
 
 
+def test_other_numbers_of_neighbours(model, slide, embedded, tmp_path):
+    alone = embed(model.with_neighbours(0), slide, tmp_path)
+    assert alone.uns["X_tissue"]["neighbours"] == 0
+    assert np.abs(alone.obsm["X_tissue"] - embedded).max() > 1e-3
+    again = embed(model.with_neighbours(0).with_neighbours(2), slide, tmp_path).obsm["X_tissue"]
+    np.testing.assert_array_equal(again, embedded)
+    with pytest.raises(InputError, match="cannot read -1 neighbours"):
+        model.with_neighbours(-1)
+
+
 def test_cells_without_counts_are_nan_and_counted(model, slide, tmp_path):
     data = anndata.read_h5ad(slide)
     counts = data.X.tolil()
