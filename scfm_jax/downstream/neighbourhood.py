@@ -7,7 +7,9 @@ it is, so that every cell is embedded once, whatever the number of neighbours.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Float32, Int
 
-from scfm_jax.downstream.finetune import cell_losses, loss_targets
-from scfm_jax.downstream.finetuned import FinetuneConfig
 from scfm_jax.downstream.question import Question
+from scfm_jax.downstream.targets import Kind, cell_losses, loss_targets
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.functional import Parameters
 
@@ -91,55 +92,79 @@ def neighbourhood_answer(
     mean, spread = features[train].mean(0), np.maximum(features[train].std(0), 1e-6)
     x = jnp.asarray((features - mean) / spread, jnp.float32)
     near = jnp.asarray(question.near[:, : config.neighbours], jnp.int32)
-    losses = FinetuneConfig(label_smoothing=config.label_smoothing, balanced=config.balanced)
     outputs = len(question.classes) or 1
-    goals, weights, (middle, scale) = loss_targets(question.to_learn, question.kind, outputs, losses)
+    goals, weights, (middle, scale) = loss_targets(
+        question.to_learn,
+        question.kind,
+        outputs,
+        label_smoothing=config.label_smoothing,
+        balanced=config.balanced,
+    )
 
     size = min(config.batch_size, len(train))
     steps = len(train) // size
-    rate = optax.cosine_onecycle_schedule(config.epochs * steps, config.peak_rate)
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(_CLIP), optax.adamw(rate, weight_decay=config.weight_decay)
+    rates = np.asarray(
+        jax.vmap(optax.cosine_onecycle_schedule(config.epochs * steps, config.peak_rate))(
+            jnp.arange(config.epochs * steps)
+        )
     )
+    begin, step = _programs(config, question.kind)
     key = jax.random.key(seed)
-
-    def loss(
-        head: Parameters,
-        rows: Int[Array, " b"],
-        goal: Float[Array, "b o"],
-        weight: Float[Array, " b"],
-        key: Array,
-    ) -> jax.Array:
-        said = apply_neighbourhood(head, x, near, rows, dropout=config.dropout, key=key)
-        return cell_losses(said, goal, question.kind).sum() / weight.sum()
-
-    @jax.jit
-    def epoch(state: tuple[Parameters, optax.OptState], inputs: tuple[Array, ...]) -> tuple[tuple, jax.Array]:
-        def step(
-            state: tuple[Parameters, optax.OptState], inputs: tuple[Array, ...]
-        ) -> tuple[tuple, jax.Array]:
-            head, moments = state
-            value, gradients = jax.value_and_grad(loss)(head, *inputs)
-            updates, moments = optimiser.update(gradients, moments, head)
-            return (optax.apply_updates(head, updates), moments), value
-
-        return jax.lax.scan(step, state, inputs)
-
     head = init_neighbourhood(features.shape[1], config.width, outputs, key)
-    state, history = (head, optimiser.init(head)), []
+    n_weights = sum(leaf.size for leaf in jax.tree.leaves(head))
+    state, history = begin(head), []
     for number in range(config.epochs):
-        order = np.random.default_rng([seed, number]).permutation(len(train))[: steps * size]
-        keys = jax.random.split(jax.random.fold_in(key, number), steps)
-        by_step = [part[order].reshape(steps, size, *part.shape[1:]) for part in (train, goals, weights)]
-        state, values = epoch(state, (*map(jnp.asarray, by_step), keys))
-        history.append({"epoch": number + 1, "train_loss": float(values.mean())})
+        order, values = np.random.default_rng([seed, number]).permutation(len(train)), []
+        for at in range(steps):
+            rows, done = order[at * size : (at + 1) * size], number * steps + at
+            state, value = step(
+                state, x, near, train[rows].astype(np.int32), goals[rows], weights[rows], rates[done], key
+            )
+            values.append(value)
+        history.append({"epoch": number + 1, "train_loss": float(np.mean(jax.device_get(values)))})
     if not np.isfinite(history[-1]["train_loss"]):
         raise InputError("peak_rate", "the loss is not finite", "lower it")
-    said = np.asarray(jax.jit(apply_neighbourhood)(state[0], x, near, jnp.asarray(test, jnp.int32)))
-    n_weights = sum(leaf.size for leaf in jax.tree.leaves(head))
+    said = np.asarray(_apply(state["head"], x, near, jnp.asarray(test, jnp.int32)))
     if question.kind == "value":
         return (said[:, 0] * scale + middle).astype(np.float32), history, n_weights
     return np.asarray(jax.nn.softmax(said, axis=1)), history, n_weights
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(config: NeighbourhoodConfig, kind: Kind) -> tuple[Any, Any]:
+    """A head to the state of step 0, and the jitted step, which folds and seeds share."""
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(_CLIP), optax.adamw(1.0, weight_decay=config.weight_decay)
+    )
+
+    def begin(head: Parameters) -> dict[str, Any]:
+        return {"head": head, "optimiser": optimiser.init(head), "step": jnp.zeros((), jnp.uint32)}
+
+    def step(
+        state: dict[str, Any],
+        features: Float[Array, "n d"],
+        near: Int[Array, "n k"],
+        rows: Int[Array, " b"],
+        goals: Float[Array, "b o"],
+        weight: Float[Array, " b"],
+        rate: Float[Array, ""],
+        key: Array,
+    ) -> tuple[dict[str, Any], jax.Array]:
+        def loss(head: Parameters) -> jax.Array:
+            drawn = jax.random.fold_in(key, state["step"])
+            said = apply_neighbourhood(head, features, near, rows, dropout=config.dropout, key=drawn)
+            return cell_losses(said, goals, kind).sum() / weight.sum()
+
+        value, gradients = jax.value_and_grad(loss)(state["head"])
+        updates, moments = optimiser.update(gradients, state["optimiser"], state["head"])
+        new = {
+            "head": optax.apply_updates(state["head"], optax.tree.scale(rate, updates)),
+            "optimiser": moments,
+            "step": state["step"] + 1,
+        }
+        return new, value
+
+    return begin, jax.jit(step, donate_argnums=0)
 
 
 def init_neighbourhood(inputs: int, width: int, outputs: int, key: Array) -> Parameters:
@@ -200,3 +225,6 @@ def apply_neighbourhood(
     mean = (each[:, 1:] * present).sum(1) / jnp.maximum(present.sum(1), 1.0)
     both = jnp.concatenate([each[:, 0], mean], axis=1)
     return linear("both_2", dropped(jax.nn.relu(linear("both_1", dropped(both, 1))), 2))
+
+
+_apply = jax.jit(apply_neighbourhood)
