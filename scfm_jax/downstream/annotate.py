@@ -30,7 +30,7 @@ from jaxtyping import Float32
 
 from scfm_jax.corpus import Source
 from scfm_jax.downstream.class_maps import ClassMap
-from scfm_jax.downstream.cohort import STORED_NEIGHBOURS, Cohort
+from scfm_jax.downstream.cohort import Cohort
 from scfm_jax.downstream.cross_fitting import (
     LabelConfig,
     LabelledCells,
@@ -69,7 +69,7 @@ def probe(
     technology: str,
     way: ProbeWay = "probe",
     neighbours: int | None = None,
-    split: FoldsConfig = FoldsConfig(),
+    split: FoldsConfig | None = None,
     missing: Sequence[str] = MISSING,
     min_cells: int = 50,
     min_blocks: int = 5,
@@ -99,7 +99,7 @@ def probe(
     neighbours
         k, of the model and of the baseline; the model's own number if not given.
     split
-        The folds; the default's margin of 64 needs some thousand cells.
+        The folds; those of `FoldsConfig` if not given, whose margin of 64 needs some thousand cells.
     missing, min_cells, min_blocks, class_map
         What counts as no label, and which classes are left out, as in `read_labels`.
     key_added
@@ -122,12 +122,10 @@ def probe(
     DataWarning
         A split that leaks; scores of under 10 blocks; a model that knows under half of the genes.
     """
-    key = key_added or f"{label}_{way}"
-    config = LabelConfig(label, split, tuple(missing), min_cells, min_blocks, class_map)
+    key, k = key_added or f"{label}_{way}", neighbours_of(model, neighbours)
+    config = LabelConfig(label, k, split or FoldsConfig(), tuple(missing), min_cells, min_blocks, class_map)
     with _opened(adata, config, key, {"species": species, "technology": technology, **source}) as cells:
-        probe_cells(
-            cells, model, key, way=way, neighbours=neighbours, seed=seed, progress=progress, report=report
-        )
+        probe_cells(cells, model, key, way=way, seed=seed, progress=progress, report=report)
 
 
 def finetune(
@@ -139,9 +137,9 @@ def finetune(
     technology: str,
     way: Way = "lora",
     neighbours: int | None = None,
-    settings: FinetuneConfig = FinetuneConfig(),
+    settings: FinetuneConfig | None = None,
     fold: int | None = None,
-    split: FoldsConfig = FoldsConfig(),
+    split: FoldsConfig | None = None,
     missing: Sequence[str] = MISSING,
     min_cells: int = 50,
     min_blocks: int = 5,
@@ -186,14 +184,19 @@ def finetune(
     DataWarning
         As `probe`.
     """
-    key = key_added or f"{label}_{way}"
-    config = LabelConfig(label, split, tuple(missing), min_cells, min_blocks, class_map)
-    settings = replace(settings, way=way, neighbours=neighbours)
+    key, k = key_added or f"{label}_{way}", neighbours_of(model, neighbours)
+    config = LabelConfig(label, k, split or FoldsConfig(), tuple(missing), min_cells, min_blocks, class_map)
+    settings = replace(settings or FinetuneConfig(), way=way)
     with _opened(adata, config, key, {"species": species, "technology": technology, **source}) as cells:
         tuned, _ = finetune_cells(
             cells, model, key, settings, fold=fold, seed=seed, progress=progress, report=report
         )
     return tuned
+
+
+def neighbours_of(model: TrainedModel, asked: int | None) -> int:
+    """k as asked for, or the model's own."""
+    return model.config.data.sample.stored_neighbours if asked is None else asked
 
 
 @contextmanager
@@ -228,7 +231,6 @@ def probe_cells(
     key: str,
     *,
     way: ProbeWay = "probe",
-    neighbours: int | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
     report: Report = lambda line: None,
@@ -239,7 +241,7 @@ def probe_cells(
     -------
     What goes to ``uns``, as plain data.
     """
-    k = _neighbours(cells, model, neighbours)
+    k = cells.config.neighbours
     features = _embedded(cells.cohort, model.with_neighbours(k if way == "probe" else 0), progress)
     known = np.isfinite(features).all(1)
     if way != "probe":
@@ -253,8 +255,8 @@ def probe_cells(
             return neighbourhood_answer(features, question, NeighbourhoodConfig(neighbours=k), seed=seed)[0]
         return linear_answer(features, question, seed=seed)[0]
 
-    found = cross_fit(cells, answer, k=k, seed=seed, report=report)
-    record = describe(cells, found, k=k, **_model_record(model), way=way, seed=seed)
+    found = cross_fit(cells, answer, seed=seed, report=report)
+    record = describe(cells, found, known, **_model_record(model), way=way, seed=seed)
     annotate(cells, found, known, record, key)
     return record
 
@@ -276,9 +278,8 @@ def finetune_cells(
     -------
     The model, and what goes to ``uns``, as plain data.
     """
-    k = _neighbours(cells, model, settings.neighbours)
-    settings = replace(settings, neighbours=k)
-    model.with_neighbours(k)
+    settings = replace(settings, neighbours=cells.config.neighbours)
+    model.with_neighbours(cells.config.neighbours)  # one that it cannot read is refused before it is trained
     corpus, number = cells.cohort.seen_by(model)
     newest: FineTuned | None = None
 
@@ -303,14 +304,14 @@ def finetune_cells(
         said[seen] = newest.predict(corpus, number[test[seen]])
         return said
 
-    found = cross_fit(cells, answer, k=k, fold=fold, seed=seed, report=report)
+    found = cross_fit(cells, answer, fold=fold, seed=seed, report=report)
     everyone = cells.ask(cells.everyone)
     # Where cells lack a label, the last fit was on all that have one.
     tuned = newest if newest and (fold is not None or len(everyone.fold.test)) else fit(everyone)
     record = describe(
         cells,
         found,
-        k=k,
+        number >= 0,
         **_model_record(model),
         way=settings.way,
         seed=seed,
@@ -338,13 +339,6 @@ def _opened(
 def _carried(labels: Sequence[str], config: LabelConfig) -> tuple[str, ...]:
     """Columns that the corpus must hold: what divides the slides is read there."""
     return (*labels, config.split.column) if config.split.by == "column" else tuple(labels)
-
-
-def _neighbours(cells: LabelledCells, model: TrainedModel, asked: int | None) -> int:
-    k = model.config.data.sample.stored_neighbours if asked is None else asked
-    if not 0 <= k <= STORED_NEIGHBOURS:
-        raise InputError(cells.where, f"cannot give {k} neighbours", f"give 0 to {STORED_NEIGHBOURS}")
-    return k
 
 
 def _embedded(cohort: Cohort, model: TrainedModel, progress: Progress) -> Float32[np.ndarray, "n d"]:

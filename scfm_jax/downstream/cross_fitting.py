@@ -42,6 +42,8 @@ class LabelConfig:
     ----------
     label
         Column of ``obs``.
+    neighbours
+        k, of the method and of the baseline.
     split
         The folds.
     missing, min_cells, min_blocks, class_map
@@ -49,6 +51,7 @@ class LabelConfig:
     """
 
     label: str
+    neighbours: int
     split: FoldsConfig = field(default_factory=FoldsConfig)
     missing: tuple[str, ...] = MISSING
     min_cells: int = 50
@@ -71,7 +74,8 @@ class LabelledCells:
     config, labels, folds
         The label, of every cell.
     near
-        Nearest neighbours of every cell.
+        Nearest neighbours of every cell: k, or as many as the split's margin, which also lies between what
+        chooses a penalty and what is fitted.
     """
 
     where: str
@@ -119,8 +123,11 @@ def check_label(adata: anndata.AnnData, config: LabelConfig, key: str, where: st
     Raises
     ------
     InputError
-        As `read_labels`, or a key that cannot be one.
+        As `read_labels`, too many neighbours, or a key that cannot be one.
     """
+    if not 0 <= config.neighbours <= STORED_NEIGHBOURS:
+        problem = f"cannot give {config.neighbours} neighbours"
+        raise InputError(where, problem, f"give 0 to {STORED_NEIGHBOURS}")
     read_labels(adata, config.label, missing=config.missing, class_map=config.class_map, where=where)
     if "/" in key or key == config.label:
         raise InputError(where, f"cannot keep predictions as obs[{key!r}]", "give another key_added")
@@ -155,7 +162,8 @@ def labelled_cells(
     if folds.leaking:
         text = "neighbours of test cells are trained on (split.by random), so all scores are too good"
         warnings.warn(f"{where}: {text}", DataWarning, stacklevel=3)
-    return LabelledCells(where, adata, cohort, config, labels, folds, cohort.neighbours(STORED_NEIGHBOURS))
+    near = cohort.neighbours(max(config.neighbours, config.split.margin))
+    return LabelledCells(where, adata, cohort, config, labels, folds, near)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +198,6 @@ def cross_fit(
     cells: LabelledCells,
     answer: Answer,
     *,
-    k: int,
     fold: int | None = None,
     seed: int = 0,
     report: Callable[[str], None] = lambda line: None,
@@ -203,8 +210,6 @@ def cross_fit(
         The cells.
     answer
         The method: a question to probabilities of its test cells.
-    k
-        Neighbours whose mean the baseline reads beside a cell's own expression.
     fold
         One fold alone, by number: its fit also answers for the cells without a label.
     seed
@@ -217,7 +222,7 @@ def cross_fit(
     InputError
         A fold that is not there, or that lacks labelled cells.
     """
-    folds, codes = cells.folds.folds, cells.labels.codes
+    folds, codes, k = cells.folds.folds, cells.labels.codes, cells.config.neighbours
     if fold is not None and not 0 <= fold < len(folds):
         raise InputError(cells.where, f"has no fold {fold}", f"give one from 0 to {len(folds) - 1}")
     # All are asked before one is answered: a fold without cells is found at once.
@@ -245,8 +250,19 @@ def baseline_name(k: int) -> str:
     return f"own expression + mean of {k}" if k else "own expression"
 
 
-def describe(cells: LabelledCells, found: CrossFitted, *, k: int, **more: Any) -> dict[str, Any]:
+def describe(
+    cells: LabelledCells, found: CrossFitted, known: Bool[np.ndarray, " n"], **more: Any
+) -> dict[str, Any]:
     """Scores of what was said, with intervals, and what they are of: plain data, as JSON holds it.
+
+    Parameters
+    ----------
+    cells, found
+        The cells, and what was said of them.
+    known
+        Cells of which the model knows a gene.
+    more
+        What else is to be kept.
 
     Warns
     -----
@@ -286,12 +302,13 @@ def describe(cells: LabelledCells, found: CrossFitted, *, k: int, **more: Any) -
         "left_out_cells": list(cells.labels.left_out.values()),
         "split": cells.folds.description,
         "leaking": cells.folds.leaking,
-        "neighbours": k,
+        "neighbours": cells.config.neighbours,
         **more,
         "cells_scored": len(rows),
         "cells_without_label": int((cells.labels.codes < 0).sum()),
+        "cells_unknown": cells.adata.n_obs - int(known.sum()),
         "scores": scores,
-        "baseline": {"name": baseline_name(k), "scores": of_baseline},
+        "baseline": {"name": baseline_name(cells.config.neighbours), "scores": of_baseline},
         "difference": differences,
         "folds": by_fold,
         "scfm_jax": __version__,
@@ -327,7 +344,7 @@ def annotate(
     adata.obs[key] = pd.Categorical.from_codes(code, pd.Index(cells.labels.classes))
     adata.obs[f"{key}_fold"] = pd.Categorical.from_codes(fold, pd.Index(found.names))
     adata.obsm[f"{key}_probabilities"] = probabilities
-    adata.uns[key] = _storable({**record, "cells_unknown": n - len(cells.rows) + int((~known).sum())})
+    adata.uns[key] = _storable(record)
 
 
 def _plain(found: Interval) -> dict[str, float]:
