@@ -215,9 +215,9 @@ def _print_scores(file: Path, record: dict[str, Any], method: str) -> None:
         ("difference", record["difference"], "+"),
     ]
     width = max(len(name) for name, _, _ in rows) + 2
-    print(" " * width + "".join(f"{title:<26}" for title in _TITLES.values()).rstrip())
+    print(" " * width + "".join(f"{title:<28}" for title in _TITLES.values()).rstrip())
     for name, scores, sign in rows:
-        print(f"{name:<{width}}" + "".join(f"{_interval(scores[key], sign):<26}" for key in _TITLES).rstrip())
+        print(f"{name:<{width}}" + "".join(f"{_interval(scores[key], sign):<28}" for key in _TITLES).rstrip())
     for name, n in zip(record["left_out"], record["left_out_cells"], strict=True):
         print(f"left out: {name} ({n:,} cells)")
     if record["cells_without_label"] or record["cells_unknown"]:
