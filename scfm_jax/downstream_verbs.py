@@ -176,6 +176,8 @@ def evaluate(suite: Positional[Path], out: Positional[Path], /, json: bool = Fal
 
     from scfm_jax.downstream.suite import COPY, RESULTS, run_suite
 
+    if suite.resolve().parent == out.resolve():
+        raise InputError(out, "is the suite's own folder", "name another folder")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / COPY).exists())):
         raise InputError(out, "exists already and holds no results of a suite", "name another folder")
     cache_compilations()

@@ -79,6 +79,7 @@ def test_probe_prints_scores_and_annotates_a_copy(finished, slide, tmp_path, cap
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "out.h5ad"]
 
 
+@pytest.mark.filterwarnings("always::scfm_jax.errors.DataWarning")
 def test_a_random_split_is_warned_of_and_said_in_json(finished, slide, tmp_path, capsys):
     words = ["probe", str(finished), str(slide), "-o", str(tmp_path / "out.h5ad"), *LABEL, *READING, *SPLIT]
     assert (
@@ -92,7 +93,7 @@ def test_a_random_split_is_warned_of_and_said_in_json(finished, slide, tmp_path,
     assert f"warning: {slide}: neighbours of test cells are trained on" in printed.err
 
 
-@pytest.mark.filterwarnings("ignore:.*intervals are too narrow")
+@pytest.mark.filterwarnings("always::scfm_jax.errors.DataWarning")
 def test_finetune_keeps_the_model_its_scores_and_what_it_says(finished, slide, tmp_path, capsys):
     out, annotated, merged = (tmp_path / name for name in ("tuned", "annotated.h5ad", "merged"))
     words = ["finetune", str(finished), str(slide), str(out), *LABEL, *READING, *SPLIT, "--fold", "1"]
@@ -189,7 +190,8 @@ def test_evaluate_runs_a_suite_and_does_not_run_it_again(slide, tmp_path, capsys
         (["finetune", "{run}", "{slide}", "{new}", "--epochs", "0"], "epochs is 0"),
         (["finetune", "{run}", "{slide}", "{new}", "--base-rate", "1e30"], "the loss of epoch"),
         (["evaluate", "{new}.toml", "{new}"], "cannot be read as TOML"),
-        (["evaluate", "{suite}", "{given}"], "exists already and holds no results of a suite"),
+        (["evaluate", "{suite}", "{given}"], "is the suite's own folder"),
+        (["evaluate", "{suite}", "{corpus}"], "exists already and holds no results of a suite"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, told, finished, corpus_path, slide, tmp_path, capsys):
@@ -220,6 +222,7 @@ def test_bad_input_is_one_line_and_status_2(words, told, finished, corpus_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["given"]
 
 
+@pytest.mark.filterwarnings("always::scfm_jax.errors.DataWarning")
 def test_a_model_that_knows_few_genes_is_warned_of(finished, slide, tmp_path, capsys):
     adata = anndata.read_h5ad(slide)
     adata.var_names = [name if n < 9 else f"other{n}" for n, name in enumerate(adata.var_names)]
