@@ -28,6 +28,7 @@ from scfm_jax.models.lora import encoding, init_adapters
 
 _CLIP = 1.0
 _WINDOW = 16  # batches whose cells are sorted by length together
+_MULTIPLE = 64  # of lengths, at least: a step takes seconds to compile, padding a short row milliseconds
 
 
 def finetune(
@@ -221,7 +222,8 @@ class _Training:
                 yield chosen, self.features[np.resize(chosen, size)]
             return
         run = self.model.config
-        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW)
+        multiple = max(run.data.length_multiple, _MULTIPLE)
+        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW, length_multiple=multiple)
         reading = replace(
             self.model, config=replace(run, data=data, optimiser=replace(run.optimiser, accumulation=1))
         )
