@@ -82,8 +82,8 @@ class Pretraining:
     files
         Of the suite, which become one corpus over all their genes; empty: all.
     flags
-        As of `scfm train`; ``{fold}`` is the fold's number, ``{group}`` the group of slides that it holds out.
-        A split with the task's settings holds out what the fold does.
+        As of `scfm train`; ``{fold}`` is the fold's number, ``{group}`` the group of slides that it holds
+        out. A split with the task's settings holds out what the fold does.
     """
 
     recipe: str
