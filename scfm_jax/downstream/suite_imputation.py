@@ -81,16 +81,7 @@ def imputation_baselines(models: Models, model: str) -> Iterator[Method]:
         return Cost()
 
     for name, predict in _BASELINES.items():
-        yield Method(
-            name,
-            "baseline",
-            None,
-            0,
-            functools.partial(answer, predict),
-            prepare,
-            model,
-            {"masked": task.name},
-        )
+        yield Method(name, "baseline", None, 0, functools.partial(answer, predict), prepare, model)
 
 
 def imputation_answer(models: Models, data: FoldData, first: str, asked: TrainedModel, k: int) -> Answer:

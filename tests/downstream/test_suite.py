@@ -102,3 +102,69 @@ def test_rows_of_a_suite(write, tmp_path):
     print("\n".join(said))
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     print(len(rows))
+
+
+KINDS = """
+[tasks.mixed]
+kind = "mixing"
+files = ["slide0", "slide1"]
+labels = ["cell_type"]
+min_cells = 5
+min_blocks = 1
+neighbours = [2]
+means = []
+split = { blocks = 3 }
+
+[tasks.masked]
+kind = "imputation"
+files = ["slide0"]
+neighbours = [0, 2]
+test_cells = 40
+split = { blocks = 4, n_folds = 2, margin = 2, min_kept = 0.05 }
+folds = [0]
+
+[tasks.crowd]
+kind = "density"
+files = ["slide0"]
+radius = 30.0
+neighbours = [2]
+means = []
+choosing_margin = 2
+split = { blocks = 4, n_folds = 2, margin = 2, min_kept = 0.05 }
+folds = [0]
+
+[tasks.around]
+kind = "composition"
+files = ["slide0"]
+labels = ["cell_type"]
+min_cells = 5
+min_blocks = 1
+radius = 60.0
+neighbours = [2]
+means = []
+choosing_margin = 2
+split = { blocks = 4, n_folds = 2, margin = 2, min_kept = 0.05 }
+folds = [0]
+
+[models.tiny]
+run = "tiny"
+
+[methods.plain]
+way = "embedding"
+of = ["tiny"]
+
+[methods.probe]
+way = "probe"
+of = ["expression"]
+
+[methods.masking]
+way = "imputation"
+of = ["tiny", "untrained"]
+"""
+
+
+def test_other_kinds(write, tmp_path):
+    out = tmp_path / "out"
+    said: list[str] = []
+    page = run_suite(write(KINDS), out, report=said.append)
+    print("\n".join(said))
