@@ -18,7 +18,8 @@ import optax
 from jaxtyping import Array, Float, Float32, Int
 
 from scfm_jax.downstream.question import Question
-from scfm_jax.downstream.targets import Kind, cell_losses, loss_targets
+from scfm_jax.downstream.scores import Kind
+from scfm_jax.downstream.targets import cell_losses, loss_targets
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.functional import Parameters
 
