@@ -29,9 +29,9 @@ def recipe() -> RunConfig:
             rungs=8,
             length_multiple=16,
         ),
-        optimiser=replace(real.optimiser, steps=1_200),
-        evaluate_every=1_200,
+        optimiser=replace(real.optimiser, steps=800),
+        evaluate_every=800,
         evaluate_cells=128,
-        checkpoint_every=600,
+        checkpoint_every=400,
         keep_last=1,
     )
