@@ -139,11 +139,13 @@ min_cells = 5
 min_blocks = 2
 neighbours = [2]
 means = []
+choosing_margin = 2
 folds = [0]
 split = {blocks = 4, n_folds = 2, margin = 2}
 """
 
 
+@pytest.mark.filterwarnings("always::scfm_jax.errors.DataWarning")
 def test_evaluate_runs_a_suite_and_does_not_run_it_again(slide, tmp_path, capsys):
     suite, out = tmp_path / "suite.toml", tmp_path / "out"
     suite.write_text(SUITE)

@@ -293,6 +293,7 @@ def finetune_cells(
             question.block[learnt],
             settings,
             n_classes=len(question.classes),
+            margin=question.margin,
             seed=seed,
             progress=progress,
         )

@@ -84,13 +84,6 @@ def composition(
     }
 
 
-def global_composition(
-    value: Float32[np.ndarray, "n c"], train: Int64[np.ndarray, " a"], test: Int64[np.ndarray, " m"]
-) -> Float32[np.ndarray, "m c"]:
-    """Baseline: the mean over training cells, for every cell alike."""
-    return np.tile(np.nanmean(value[train], axis=0), (len(test), 1))
-
-
 def composition_by_type(
     value: Float32[np.ndarray, "n c"],
     codes: Int64[np.ndarray, " n"],
@@ -99,13 +92,13 @@ def composition_by_type(
 ) -> Float32[np.ndarray, "m c"]:
     """Baseline: the mean over the training cells of the cell's own type.
 
-    A test cell without a type, or of one that no training cell has, gets `global_composition`.
+    A test cell without a type, or of one that no training cell has, gets the mean over all training cells.
     """
     train = train[np.isfinite(value[train]).all(1)]
     members = _one_hot(codes[train], codes.max() + 1).T
     number = members.sum(1)
     known = (codes[test] >= 0) & (number[codes[test]] > 0)
-    predicted = global_composition(value, train, test)
+    predicted = np.tile(value[train].mean(0), (len(test), 1))
     of_type = (members @ value[train]) / np.maximum(number, 1)[:, None]
     predicted[known] = of_type[codes[test][known]]
     return predicted

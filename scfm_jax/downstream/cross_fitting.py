@@ -74,8 +74,8 @@ class LabelledCells:
     config, labels, folds
         The label, of every cell.
     near
-        Nearest neighbours of every cell: k, or as many as the split's margin, which also lies between what
-        chooses a penalty and what is fitted.
+        Nearest neighbours of every cell: k, or as many as the split's margin, which also lies around cells
+        held out to choose a penalty or an epoch.
     """
 
     where: str
@@ -101,9 +101,8 @@ class LabelledCells:
 
     def ask(self, fold: Fold) -> Question:
         """The label, asked of cells that need not have one."""
-        return Question(
-            "classes", self.labels.codes, tuple(self.labels.classes), fold, self.folds.block, self.near
-        )
+        classes, margin = tuple(self.labels.classes), self.config.split.margin
+        return Question("classes", self.labels.codes, classes, fold, self.folds.block, self.near, margin)
 
     @property
     def everyone(self) -> Fold:

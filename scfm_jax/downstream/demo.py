@@ -6,22 +6,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float32
 
 from scfm_jax.console import Bar, TrainingBar
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.corpus.split import Split, split_cells
 from scfm_jax.downstream import baselines, metrics
+from scfm_jax.downstream.cohort import Cohort
 from scfm_jax.downstream.embed import embed_cells
-from scfm_jax.downstream.imputation import (
-    baseline_inputs,
-    masked_expression,
-    panel_counts,
-    predict_masked,
-)
+from scfm_jax.downstream.expression import beside_neighbours, components
+from scfm_jax.downstream.folds import Fold
+from scfm_jax.downstream.imputation import baseline_inputs, masked_expression, predict_masked
+from scfm_jax.downstream.linear import linear_answer
 from scfm_jax.downstream.model import TrainedModel, open_model
 from scfm_jax.downstream.page import Table
-from scfm_jax.downstream.probe import Probe, own_and_neighbour_features, probe
+from scfm_jax.downstream.question import Question
 from scfm_jax.downstream.report import Predictions, Tissue, write_report
+from scfm_jax.downstream.scores import score
 from scfm_jax.errors import InputError
 from scfm_jax.simulate import SimulationConfig, simulate
 from scfm_jax.training.config import RunConfig
@@ -67,9 +68,9 @@ def run_demo(
             train(stage, folder, report=bar.report)
     model, corpus = open_model(out), Corpus.open(out / "corpus")
     split = split_cells(corpus, config.split)
-    probes, table = score_embeddings(model, corpus, split)
+    answers, table = score_embeddings(model, corpus, split)
     predictions, errors = score_expression(model, corpus, split)
-    test = np.sort(split.test)
+    test = split.test
     classes = np.array(corpus.labels(LABEL)[1])
     slide = corpus.slides[int(corpus.slide_of(test[:1])[0])]
     place = np.stack([corpus.column(axis, test) for axis in ("x", "y")], axis=1)
@@ -82,7 +83,7 @@ def run_demo(
         tissue=Tissue(
             [place],
             [classes[corpus.labels(LABEL, test)[0]]],
-            [classes[probes["embedding"].predictions]],
+            [classes[answers["embedding"].argmax(1)]],
             [slide.name],
         ),
         notes=[
@@ -111,46 +112,39 @@ def simulate_corpus(out: Path, simulation: SimulationConfig) -> None:
         )
 
 
-def score_embeddings(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[dict[str, Probe], Table]:
-    """Probes of the domain on embeddings and on linear baselines, training cells to held-out cells."""
-    k = model.config.tissue()[1].neighbours
-    train_cells, test_cells = np.sort(split.train), np.sort(split.test)
-    codes = corpus.labels(LABEL)[0]
+def score_embeddings(
+    model: TrainedModel, corpus: Corpus, split: Split
+) -> tuple[dict[str, Float32[np.ndarray, "m c"]], Table]:
+    """Probabilities of the domain from embeddings and from expression, training cells to held-out cells."""
+    k = max(model.config.tissue()[1].neighbours, 1)
+    codes, classes = corpus.labels(LABEL)
     with Bar("embedding") as bar:
         embedded = embed_cells(model, corpus, np.arange(corpus.n_cells), progress=bar.update)
-    shared = sorted(set.intersection(*(set(slide.panel.tolist()) for slide in corpus.slides)))
-    everyone = np.arange(corpus.n_cells)
-    counts = panel_counts(corpus, everyone, np.array(shared))
-    depth = np.maximum(counts.sum(1, keepdims=True), 1)
-    values = np.log1p(counts / depth * np.median(depth)).astype(np.float32)
-    both = own_and_neighbour_features(values, corpus.neighbours(everyone, max(k, 1)))
+    cohort, fold = Cohort(corpus, Path(corpus.path), ()), Fold("held out", split.train, split.test)
+    near = cohort.neighbours(k)
+    question = Question("classes", codes.astype(np.int64), classes, fold.labelled(codes), split.block, near)
+    own = components(cohort, fold.train)
     features = {
-        "own expression": values,
-        f"own + mean of {max(k, 1)} neighbours": both,
+        "own expression": own,
+        f"own + mean of {k} neighbours": beside_neighbours(own, near, (k,)),
         "embedding": embedded,
     }
-    probes = {
-        name: probe(
-            matrix[train_cells],
-            codes[train_cells],
-            matrix[test_cells],
-            codes[test_cells],
-            blocks_train=split.block[train_cells],
-        )
-        for name, matrix in features.items()
-    }
-    rows = [(name, f"{said.accuracy:.3f}", f"{said.macro_f1:.3f}") for name, said in probes.items()]
+    answers = {name: linear_answer(matrix, question)[0] for name, matrix in features.items()}
+    rows = []
+    for name, answer in answers.items():
+        scores = score("classes", question.truth, answer)
+        rows.append((name, f"{scores['accuracy']:.3f}", f"{scores['macro_f1']:.3f}"))
     caption = "Domain of held-out cells, logistic regression on each"
-    return probes, Table(caption, ("features", "accuracy", "macro-F1"), rows)
+    return answers, Table(caption, ("features", "accuracy", "macro-F1"), rows)
 
 
 def score_expression(model: TrainedModel, corpus: Corpus, split: Split) -> tuple[Predictions, Table]:
     """Masked expression of the held-out cells; baselines learn from training cells of the same panel."""
     _, _, config = model.config.tissue()
-    test_cells = np.sort(split.test)
+    test_cells = split.test
     held = masked_expression(corpus, test_cells, config, seed=0)
     same = [np.array_equal(slide.panel, held.panel) for slide in corpus.slides]
-    train_cells = np.sort(split.train)
+    train_cells = split.train
     train_cells = train_cells[np.array(same)[corpus.slide_of(train_cells)]]
     seen = masked_expression(corpus, train_cells, config, seed=1)
     rates = (config.nonzero_rate, config.zero_rate)

@@ -99,13 +99,6 @@ def density_from_distance(
     return model.predict(_log_distance(corpus, test, k)).astype(np.float32)
 
 
-def median_density(
-    value: Float32[np.ndarray, " n"], train: Int64[np.ndarray, " a"], test: Int64[np.ndarray, " m"]
-) -> Float32[np.ndarray, " m"]:
-    """Baseline: the median of the training cells, which is the best constant for absolute error."""
-    return np.full(len(test), np.nanmedian(value[train]), np.float32)
-
-
 def _depth(xy: Float64[np.ndarray, "n 2"]) -> Float64[np.ndarray, " n"]:
     """Distance of each point to the border of their convex hull: to the nearest of its edges' lines."""
     depth = np.full(len(xy), np.inf)

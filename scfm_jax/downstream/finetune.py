@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Float, Float32, Int, Int64, Shaped
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.downstream.choosing import held_out_blocks, neighbour_rows
 from scfm_jax.downstream.embed import CellStates, EmbeddingConfig, embed_cells
 from scfm_jax.downstream.finetuned import FinetuneConfig, FineTuned
 from scfm_jax.downstream.model import TrainedModel
-from scfm_jax.downstream.probe import split_blocks
-from scfm_jax.downstream.targets import Kind, cell_losses, check_targets, drawn, loss_targets, score
+from scfm_jax.downstream.scores import Kind
+from scfm_jax.downstream.targets import cell_losses, check_targets, drawn, loss_targets, score
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import Parameters
 from scfm_jax.models.heads import apply_head, init_head, pooled, unstandardised
@@ -28,6 +29,7 @@ from scfm_jax.models.lora import encoding, init_adapters
 
 _CLIP = 1.0
 _WINDOW = 16  # batches whose cells are sorted by length together
+_MULTIPLE = 64  # of lengths, at least: a step takes seconds to compile, padding a short row milliseconds
 
 
 def finetune(
@@ -40,6 +42,7 @@ def finetune(
     *,
     kind: Kind = "classes",
     n_classes: int | None = None,
+    margin: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
 ) -> FineTuned:
@@ -64,6 +67,9 @@ def finetune(
         Of the targets.
     n_classes
         Of codes: how many classes there are; as many as the training cells show if not given.
+    margin
+        Neighbours: a cell that has one of the validation blocks among so many does not train while the epoch
+        is chosen. None: all that the corpus stores.
     seed
         Of cells drawn, blocks held out, first weights, order and dropout.
     progress
@@ -72,8 +78,8 @@ def finetune(
     Raises
     ------
     InputError
-        Targets that are not what `kind` says, one block, one class, a choice that the model does not have, or
-        a loss that is not finite.
+        Targets that are not what `kind` says, one block, one class or no cell outside the margin, a choice
+        that the model does not have, or a loss that is not finite.
     """
     if config.neighbours is not None:
         model = model.with_neighbours(config.neighbours)
@@ -81,7 +87,10 @@ def finetune(
     kept = drawn(targets_train, kind, config.max_train_cells, seed)
     cells, targets = cells_train[kept], targets_train[kept]
     codes = targets if kind == "classes" else None
-    fit, held_out = split_blocks(codes, blocks_train[kept], seed, config.validation_share)
+    near = neighbour_rows(cells, corpus.neighbours(cells, corpus.n_neighbours if margin is None else margin))
+    fit, held_out = held_out_blocks(
+        blocks_train[kept], near, seed, labels=codes, share=config.validation_share
+    )
     goals, weights, scale = loss_targets(
         targets, kind, outputs, label_smoothing=config.label_smoothing, balanced=config.balanced
     )
@@ -223,7 +232,8 @@ class _Training:
                 yield chosen, self.features[np.resize(chosen, size)]
             return
         run = self.model.config
-        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW)
+        multiple = max(run.data.length_multiple, _MULTIPLE)
+        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW, length_multiple=multiple)
         reading = replace(
             self.model, config=replace(run, data=data, optimiser=replace(run.optimiser, accumulation=1))
         )

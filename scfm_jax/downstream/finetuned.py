@@ -21,7 +21,7 @@ from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.technology_means import read_means
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells
 from scfm_jax.downstream.model import TrainedModel, open_model
-from scfm_jax.downstream.targets import Kind
+from scfm_jax.downstream.scores import Kind
 from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.functional import Parameters, count_parameters
 from scfm_jax.models.heads import HeadConfig, apply_head

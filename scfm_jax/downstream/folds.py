@@ -98,6 +98,13 @@ class Folds:
     description: str
 
 
+def all_cells(corpus: Corpus, blocks: int) -> Folds:
+    """One fold of everything, without a name, for scores that nothing is learnt for."""
+    block = split_cells(corpus, SplitConfig(blocks=blocks, n_folds=2, margin=0)).block
+    everyone = np.arange(corpus.n_cells)
+    return Folds((Fold("", everyone, everyone),), block, False, "none, all cells are scored")
+
+
 def make_folds(corpus: Corpus, config: FoldsConfig) -> Folds:
     """Folds over all cells of a corpus.
 

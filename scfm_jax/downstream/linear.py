@@ -6,21 +6,20 @@ choice and the same regression.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, Num
+from jaxtyping import Bool, Float, Float32, Num
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from scfm_jax.downstream.choosing import blocks_in_turn, neighbour_rows
 from scfm_jax.downstream.question import Question
 from scfm_jax.downstream.scores import HIGHER_IS_BETTER, PRIMARY, Kind, score
 from scfm_jax.errors import InputError
 
 # Inverse penalties, the strongest first.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-CHOOSING_FOLDS = 4
 
 
 def linear_answer(
@@ -34,8 +33,7 @@ def linear_answer(
 
     Classes by multinomial logistic regression, values by ridge regression, compositions by ridge regression
     whose answers are cut off at 0 and divided by their sum. The penalty is the best by the task's primary
-    score over training blocks held out in turn, each time without the cells beside them, for a neighbour of
-    what is fitted says too little of the penalty that a distant test cell wants.
+    score over training blocks held out in turn (`choosing`).
 
     Parameters
     ----------
@@ -109,7 +107,11 @@ def _answers_of_held_out(
     shape = (len(y), len(question.classes)) if question.kind == "classes" else y.shape
     answers = [np.zeros(shape, np.float32) for _ in strengths]
     done = np.zeros(len(y), bool)
-    for fit, held in _choosing_splits(question, seed):
+    train = question.fold.train
+    near = neighbour_rows(train, question.near[train, : question.margin])
+    for fit, held in blocks_in_turn(question.block[train], near, seed):
+        if not len(fit) or (question.kind == "classes" and len(np.unique(y[fit])) < 2):
+            continue
         said = _answers(question.kind, x[fit], y[fit], x[held], strengths, len(question.classes))
         for answer, of_strength in zip(answers, said, strict=True):
             answer[held] = of_strength
@@ -118,31 +120,9 @@ def _answers_of_held_out(
         raise InputError(
             f"fold {question.fold.name}",
             "its training cells leave nothing to choose a penalty on",
-            "give smaller or more blocks",
+            "give more blocks, or a smaller margin",
         )
     return done, answers
-
-
-def _choosing_splits(
-    question: Question, seed: int
-) -> Iterator[tuple[Int64[np.ndarray, " f"], Int64[np.ndarray, " v"]]]:
-    """Rows of the training cells to fit on, and whole blocks of them held out, with a margin between."""
-    train = question.fold.train
-    blocks = question.block[train]
-    n_blocks = len(np.unique(blocks))
-    if n_blocks < 2:
-        raise InputError(
-            f"fold {question.fold.name}", "all training cells lie in one block", "give at least two blocks"
-        )
-    near = question.near[train]
-    folds = GroupKFold(min(CHOOSING_FOLDS, n_blocks), shuffle=True, random_state=seed)
-    for fit, held in folds.split(train, groups=blocks):
-        is_held = np.zeros(len(question.block), bool)
-        is_held[train[held]] = True
-        apart = fit[~(is_held[near[fit]] & (near[fit] >= 0)).any(1)]
-        y = question.to_learn[apart]
-        if len(apart) and (question.kind != "classes" or len(np.unique(y)) > 1):
-            yield apart, held
 
 
 def _answers(

@@ -29,8 +29,10 @@ class Question:
     block
         Spatial block of every cell.
     near
-        Nearest neighbours of every cell, by cell number, -1 where there are fewer: whoever holds cells out of
-        the training cells to choose a setting keeps a margin of them.
+        Nearest neighbours of every cell, by cell number, -1 where there are fewer.
+    margin
+        How many of them are a margin: whoever holds cells out of the training cells to choose a setting does
+        not learn from a cell that has one of those among so many neighbours. None: all that `near` holds.
     """
 
     kind: Kind
@@ -39,6 +41,7 @@ class Question:
     fold: Fold
     block: Int32[np.ndarray, " n"]
     near: Int64[np.ndarray, "n k"]
+    margin: int | None = None
 
     @property
     def to_learn(self) -> Num[np.ndarray, "t ..."]:

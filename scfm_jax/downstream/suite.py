@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
+from scfm_jax.downstream.cost import Meter
 from scfm_jax.downstream.scores import PRIMARY, score
+from scfm_jax.downstream.suite_answers import Method
 from scfm_jax.downstream.suite_config import Suite, read_suite
-from scfm_jax.downstream.suite_methods import Method, methods_of
+from scfm_jax.downstream.suite_methods import methods_of
 from scfm_jax.downstream.suite_models import Models
 from scfm_jax.downstream.suite_report import write_suite_report
 from scfm_jax.downstream.suite_tasks import FoldData, Task, make_task
 from scfm_jax.errors import InputError
 
 RESULTS, TASKS, COPY = "results.jsonl", "tasks.json", "suite.toml"
-_STATM = Path("/proc/self/statm")
-_PAGE_KIB, _LOOK_SECONDS = 4, 0.02
+# What a line of progress says.
+MAIN_SCORES: dict[str, str] = {**PRIMARY, "mixing": "overall", "imputation": "skill"}
 
 
 def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda line: None) -> Path:
@@ -64,39 +64,38 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
         facts.append(task.facts)
         _write_tissue(out, task)
         (out / TASKS).write_text(json.dumps(facts, indent=2) + "\n")
-        for number, data in task.questions():
-            for method in methods_of(suite, task, number, models):
-                key = _key(suite, task, number, method)
+        for data in task.in_folds():
+            for method in methods_of(suite, task, data.number, models):
+                key = _key(suite, data, method)
                 wanted.add(key)
                 if key not in done:
-                    done[key] = _ask(out, task, number, data, method, models, key)
+                    done[key] = _ask(out, data, method, models, key)
                     _write_rows(out, done)
-                    primary = PRIMARY[task.kind]
-                    said = f"{primary} {done[key]['scores'][primary]:.3f}, {done[key]['seconds']:.0f} s"
-                    report(f"{name}, fold {number}: {_title(method)}: {said}")
+                    report(_said(data, method, done[key]))
     # Rows of an older suite would stand in the tables beside those that this one asked for.
     _write_rows(out, {key: row for key, row in done.items() if key in wanted})
     return write_suite_report(out)
 
 
-def _ask(
-    out: Path, task: Task, fold: int, data: FoldData, method: Method, models: Models, key: str
-) -> dict[str, Any]:
+def _ask(out: Path, data: FoldData, method: Method, models: Models, key: str) -> dict[str, Any]:
     """One method in one fold: its answer goes to a file, its scores into a row."""
-    question, began = data.question, time.perf_counter()
-    with PeakMemory() as memory:
+    task, cells = data.task, data.fold.test
+    before = method.prepare(data)
+    with Meter() as meter:
         answer = method.answer(data)
-    seconds = time.perf_counter() - began
-    file = Path("predictions") / f"{key}.npz"
-    cells = question.fold.test
-    np.savez_compressed(
-        out / file,
-        cells=cells,
-        block=question.block[cells],
-        truth=question.truth,
-        predicted=answer.predicted,
-    )
-    history = None
+    cost = before.then(meter.cost)
+    scores, file, history = answer.scores, None, None
+    if answer.predicted is not None:
+        question = data.question
+        scores = score(question.kind, question.truth, answer.predicted, task.classes or None)
+        file = f"predictions/{key}.npz"
+        np.savez_compressed(
+            out / file,
+            cells=cells,
+            block=question.block[cells],
+            truth=question.truth,
+            predicted=answer.predicted,
+        )
     if answer.history:
         history = f"history/{key}.json"
         rows = [
@@ -111,49 +110,28 @@ def _ask(
         "method": method.name,
         "group": method.group,
         "k": method.k,
-        "fold": question.fold.name,
+        "fold": data.fold.name,
         "seed": method.seed,
         "leaking": task.folds.leaking,
-        "transductive": bool(method.model) and models.transductive(method.model, fold, task, question),
-        "scores": score(task.kind, question.truth, answer.predicted, task.classes or None),
-        "seconds": seconds,
-        "peak_mib": memory.mib,
+        "transductive": method.group == "model"
+        and models.transductive(method.model, data.number, task, cells),
+        "scores": scores,
+        "seconds": cost.seconds,
+        "peak_mib": cost.peak_mib,
         "stored_bytes": answer.stored_bytes,
-        "n_train": len(question.fold.train),
+        "n_train": len(data.fold.train),
         "n_test": len(cells),
-        "predictions": str(file),
+        "predictions": file,
         "history": history,
     }
 
 
-class PeakMemory:
-    """How far this process's resident memory grew within a block, in MiB; None where that is not known."""
-
-    mib: float | None = None
-
-    def __enter__(self) -> Self:
-        if _STATM.exists():
-            self._base = self._most = self._resident()
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if _STATM.exists():
-            self._stop.set()
-            self._thread.join()
-            self.mib = (self._most - self._base) * _PAGE_KIB / 1024
-
-    def _watch(self) -> None:
-        while not self._stop.wait(_LOOK_SECONDS):
-            self._most = max(self._most, self._resident())
-
-    @staticmethod
-    def _resident() -> int:
-        return int(_STATM.read_text().split()[1])
+def _said(data: FoldData, method: Method, row: dict[str, Any]) -> str:
+    name = MAIN_SCORES[data.task.kind]
+    fold = f", fold {data.fold.name}" if data.fold.name else ""
+    return (
+        f"{data.task.name}{fold}: {_title(method)}: {name} {row['scores'][name]:.3f}, {row['seconds']:.0f} s"
+    )
 
 
 def _title(method: Method) -> str:
@@ -161,21 +139,25 @@ def _title(method: Method) -> str:
     return ", ".join([method.name, *said, *([f"seed {method.seed}"] if method.seed else [])])
 
 
-def _key(suite: Suite, task: Task, fold: int, method: Method) -> str:
+def _key(suite: Suite, data: FoldData, method: Method) -> str:
     """A name of all that a row depends on."""
+    task = data.task
+    # Which folds and which k are asked for changes no answer.
+    which = {"folds": None, "neighbours": None, "means": None}
     asked = {
         "files": [asdict(suite.files[file]) for file in task.config.files],
         "genes": asdict(suite.genes),
-        "task": asdict(task.config) | {"folds": None, "neighbours": None, "means": None},
-        "model": asdict(suite.models[method.model]) if method.model else None,
+        "task": asdict(task.config) | which,
+        "model": asdict(suite.models[method.model]) | {"tasks": None} if method.model else None,
         "method": method.asked,
     }
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    words = [task.name, method.name, f"k{method.k}", f"fold{fold}", f"seed{method.seed}", digest]
-    return "-".join(words).replace(" ", "_").replace(",", "").replace("+", "and")
+    words = [task.name, method.name, f"k{method.k}", f"fold{data.number}", f"seed{method.seed}", digest]
+    return "-".join(re.sub(r"[^\w.+]+", "_", word) for word in words).replace("+", "and")
 
 
 def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Rows that are whole: those whose predictions lie where they say, and those that have none."""
     path = out / RESULTS
     if not path.exists():
         return {}
@@ -183,7 +165,7 @@ def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            if (out / row["predictions"]).exists():
+            if row["predictions"] is None or (out / row["predictions"]).exists():
                 rows[row["key"]] = row
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}:{number}", "is no row of a suite", "remove the line") from None
@@ -197,6 +179,8 @@ def _write_rows(out: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 
 def _write_tissue(out: Path, task: Task) -> None:
+    if task.target is None:
+        return
     np.savez_compressed(
         out / "tissue" / f"{task.name}.npz",
         xy=task.cohort.xy.astype(np.float32),

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from scfm_jax.corpus import Source
 from scfm_jax.corpus.sources import source_from_table
+from scfm_jax.downstream.cohort import STORED_NEIGHBOURS
 from scfm_jax.downstream.finetuned import FinetuneConfig
 from scfm_jax.downstream.folds import FoldsConfig
 from scfm_jax.downstream.labels import MISSING
 from scfm_jax.downstream.neighbourhood import NeighbourhoodConfig
-from scfm_jax.errors import InputError
+from scfm_jax.errors import InputError, check_least
 from scfm_jax.training.config import from_dict
 
 T = TypeVar("T")
 EXPRESSION, UNTRAINED = "expression", "untrained"
 _SECTIONS = ("files", "genes", "tasks", "models", "methods")
+_PREDICTED = ("classes", "density", "composition")
+_WAYS_TO_PREDICT = ("probe", "neighbourhood", "finetune")
+_KINDS_OF_THEIR_OWN = (("embedding", "mixing"), ("imputation", "imputation"))
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,12 @@ class TaskConfig:
         Names of files of the suite; several are one cohort, of the genes that all of them measured.
     kind
         ``classes``: a label. ``density``: log1p of the cells around per area. ``composition``: shares of the
-        label's classes among the cells around.
+        label's classes among the cells around. ``mixing``: how embeddings mix batches and keep the label
+        apart. ``imputation``: masked genes of unseen cells.
     labels
         The label's column: one for all files, or one for each.
+    batch
+        Of ``mixing``: ``technology``, or a label column.
     missing, min_cells, min_blocks
         Names that count as no label, and the smallest class (`read_labels`).
     class_map
@@ -48,6 +56,11 @@ class TaskConfig:
         The k whose means one more baseline reads together; empty: leave it out.
     coordinates
         Whether coordinates alone are a baseline; it needs folds within slides.
+    test_cells, train_cells
+        Of ``imputation``: most cells of a fold that are scored, and that its baselines learn from.
+    choosing_margin
+        Neighbours of cells held out to choose a setting (a penalty, an epoch) that are not learnt from
+        meanwhile; at most 256.
     folds
         Some of the folds, by number; empty: all.
     split
@@ -55,8 +68,9 @@ class TaskConfig:
     """
 
     files: tuple[str, ...]
-    kind: Literal["classes", "density", "composition"] = "classes"
+    kind: Literal["classes", "density", "composition", "mixing", "imputation"] = "classes"
     labels: tuple[str, ...] = ()
+    batch: str = "technology"
     missing: tuple[str, ...] = MISSING
     min_cells: int = 50
     min_blocks: int = 5
@@ -66,8 +80,21 @@ class TaskConfig:
     neighbours: tuple[int, ...] = (10,)
     means: tuple[int, ...] = (10, 64, 256)
     coordinates: bool = False
+    test_cells: int = 1024
+    train_cells: int = 4096
+    choosing_margin: int = 256
     folds: tuple[int, ...] = ()
     split: FoldsConfig = field(default_factory=FoldsConfig)
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "test_cells", "train_cells")
+        check_least(self, 0, "choosing_margin", "min_cells", "min_blocks")
+        for name in ("neighbours", "means", "choosing_margin"):
+            given = getattr(self, name)
+            if not all(
+                0 <= k <= STORED_NEIGHBOURS for k in (given if isinstance(given, tuple) else (given,))
+            ):
+                raise ValueError(f"{name} is {given}, not within 0 and {STORED_NEIGHBOURS}")
 
 
 @dataclass(frozen=True)
@@ -81,8 +108,8 @@ class Pretraining:
     files
         Of the suite, which become one corpus over all their genes; empty: all.
     flags
-        As of `scfm train`, ``{fold}`` is the fold's number: a split with the task's settings holds out what
-        the fold does.
+        As of `scfm train`; ``{fold}`` is the fold's number, ``{group}`` the group of slides that it holds
+        out. A split with the task's settings holds out what the fold does.
     """
 
     recipe: str
@@ -125,15 +152,17 @@ class MethodConfig:
     ----------
     way
         ``probe``: a linear model of features. ``neighbourhood``: a head over the cell's and its neighbours'
-        features. ``finetune``: the model itself is trained, and attends to the neighbours.
+        features. ``finetune``: the model itself is trained, and attends to the neighbours. ``embedding``:
+        features as they are, of tasks of ``mixing``. ``imputation``: what a tissue model says of masked
+        genes, of tasks of this kind.
     of
         Models, ``untrained`` (the first model's geometry with weights of a seed), or ``expression``
         (principal components).
     neighbours
         Values of k; empty: those of the task.
     attend
-        Of a probe: the encoder attends to the neighbours; else cells are embedded alone, and a probe reads
-        their mean over the neighbours beside the cell's own.
+        Of features: the encoder attends to the neighbours; else cells are embedded alone, and their mean over
+        the neighbours stands beside the cell's own.
     pooling
         Of the cell's tokens.
     beside_expression
@@ -141,12 +170,12 @@ class MethodConfig:
     seeds
         Of what is drawn; each gives a row.
     tasks, folds
-        Those that it is for; empty: all.
+        Those that it is for; empty: all that its way fits.
     finetune, neighbourhood
         Settings of the ways of these names; k comes from `neighbours`.
     """
 
-    way: Literal["probe", "neighbourhood", "finetune"]
+    way: Literal["probe", "neighbourhood", "finetune", "embedding", "imputation"]
     of: tuple[str, ...]
     neighbours: tuple[int, ...] = ()
     attend: bool = False
@@ -157,6 +186,21 @@ class MethodConfig:
     folds: tuple[int, ...] = ()
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
+
+    def fits(self, task: TaskConfig) -> bool:
+        """Whether its way answers what the task asks."""
+        return (self.way, task.kind) in _KINDS_OF_THEIR_OWN or (
+            self.way in _WAYS_TO_PREDICT and task.kind in _PREDICTED
+        )
+
+    @property
+    def of_one_answer(self) -> dict[str, Any]:
+        """The settings that one answer depends on, beside model, k and seed."""
+        read = {"probe": ("attend", "pooling", "beside_expression"), "finetune": ("finetune",)}
+        read["neighbourhood"] = ("pooling", "beside_expression", "neighbourhood")
+        read["embedding"] = read["probe"]
+        settings = asdict(self)
+        return {name: settings[name] for name in ("way", *read.get(self.way, ()))}
 
 
 @dataclass(frozen=True)
@@ -170,7 +214,10 @@ class Genes:
 
 @dataclass(frozen=True)
 class Suite:
-    """All of it, by name; relative paths start from the suite's folder."""
+    """All of it, by name.
+
+    Relative paths start from the suite's folder; ``$NAME`` in them is a variable of the environment.
+    """
 
     path: Path
     files: dict[str, Source]
@@ -181,7 +228,20 @@ class Suite:
 
     def resolve(self, path: str) -> Path:
         """A path of the suite."""
-        return self.path.parent / path
+        return self.path.parent / os.path.expandvars(path)
+
+    def first_model(self, task: str) -> str:
+        """The first of the models that are for a task.
+
+        Raises
+        ------
+        InputError
+            None is.
+        """
+        for name, model in self.models.items():
+            if not model.tasks or task in model.tasks:
+                return name
+        raise InputError(f"{self.path} [tasks.{task}]", "no model is for it", "add a model")
 
 
 def read_suite(path: str | Path) -> Suite:
@@ -215,7 +275,11 @@ def read_suite(path: str | Path) -> Suite:
         return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
 
     files = {
-        name: source_from_table(f"{path} [files.{name}]", path.parent, {"name": name, **table})
+        name: source_from_table(
+            f"{path} [files.{name}]",
+            path.parent,
+            {"name": name, **table, "path": os.path.expandvars(table.get("path", ""))},
+        )
         for name, table in content["files"].items()
     }
     genes = from_dict(Genes, content.get("genes", {}), f"{path} [genes]")
@@ -238,7 +302,7 @@ def _check_names(suite: Suite) -> None:
 
     for name, task in suite.tasks.items():
         check(f"tasks.{name}", task.files, suite.files)
-        needed = {1, len(task.files)} if task.kind != "density" else {0, 1}
+        needed = {"density": {0, 1}, "imputation": {0, 1}}.get(task.kind, {1, len(task.files)})
         if len(task.labels) not in needed or not task.files:
             raise InputError(
                 f"{suite.path} [tasks.{name}]",
@@ -250,13 +314,26 @@ def _check_names(suite: Suite) -> None:
         if model.pretraining:
             check(f"models.{name}", model.pretraining.files, suite.files)
     for name, method in suite.methods.items():
+        where = f"{suite.path} [methods.{name}]"
         check(f"methods.{name}", method.tasks, suite.tasks)
         check(f"methods.{name}", method.of, [*suite.models, UNTRAINED, EXPRESSION])
-        if method.way == "finetune" and EXPRESSION in method.of:
-            raise InputError(
-                f"{suite.path} [methods.{name}]", "expression cannot be fine-tuned", "name models in of"
-            )
-        if UNTRAINED in method.of and not suite.models:
-            raise InputError(
-                f"{suite.path} [methods.{name}]", "no model has a geometry to leave untrained", "add a model"
-            )
+        for task_name in method.tasks:
+            if not method.fits(suite.tasks[task_name]):
+                kind = suite.tasks[task_name].kind
+                raise InputError(
+                    where,
+                    f"way {method.way!r} does not answer task {task_name!r} of kind {kind!r}",
+                    "leave the task out, or use another way",
+                )
+        if not method.of:
+            raise InputError(where, "names nothing in of", "name models, untrained or expression")
+        if method.way in ("finetune", "imputation") and EXPRESSION in method.of:
+            done = {"finetune": "fine-tuned", "imputation": "asked for masked genes"}[method.way]
+            raise InputError(where, f"expression cannot be {done}", "name models in of")
+        if UNTRAINED in method.of:
+            for task_name, task in suite.tasks.items():
+                if method.fits(task) and (not method.tasks or task_name in method.tasks):
+                    suite.first_model(task_name)  # whose geometry is left untrained
+    for name, task in suite.tasks.items():
+        if task.kind == "imputation":
+            suite.first_model(name)

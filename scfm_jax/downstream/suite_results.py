@@ -16,9 +16,9 @@ from jaxtyping import Float, Int, Num
 from scfm_jax.downstream.scores import HIGHER_IS_BETTER, PRIMARY
 from scfm_jax.errors import InputError
 
-# Of the kinds whose predictions of cells are scored; mixing has scores of embeddings alone.
+# Of the kinds whose predictions of cells are scored; the others have scores alone.
 _PRIMARY = {str(kind): name for kind, name in PRIMARY.items()}
-KINDS = (*_PRIMARY, "mixing")
+KINDS = (*_PRIMARY, "mixing", "imputation")
 GROUPS = ("baseline", "control", "model")
 _NUMBER = (int, float)
 _ROW_FIELDS: dict[str, tuple[type, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +14,28 @@ import pandas as pd
 from jaxtyping import Float32, Int64, Num
 
 from scfm_jax import genes
+from scfm_jax.corpus import Corpus
 from scfm_jax.downstream.class_maps import ClassMap, read_class_map, shared_classes
 from scfm_jax.downstream.cohort import STORED_NEIGHBOURS, Cohort, open_cohort
 from scfm_jax.downstream.composition import composition
+from scfm_jax.downstream.cost import Cost, Meter
 from scfm_jax.downstream.density import UNIT, local_density
 from scfm_jax.downstream.expression import components
-from scfm_jax.downstream.folds import Folds, make_folds
+from scfm_jax.downstream.folds import Fold, Folds, all_cells, make_folds
 from scfm_jax.downstream.labels import Labels, read_labels
 from scfm_jax.downstream.question import Question
-from scfm_jax.downstream.scores import Kind
+from scfm_jax.downstream.scores import PRIMARY
 from scfm_jax.downstream.suite_config import Suite, TaskConfig
 from scfm_jax.errors import InputError
 
-_KINDS: dict[str, Kind] = {"classes": "classes", "density": "value", "composition": "composition"}
+# How each kind of task is scored (`suite_results.KINDS`).
+_SCORED_AS = {
+    "classes": "classes",
+    "density": "value",
+    "composition": "composition",
+    "mixing": "mixing",
+    "imputation": "imputation",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,42 +48,59 @@ class Task:
         As the suite has them.
     cohort
         Its cells.
-    kind, target, classes
-        See `Question`; a target is missing where a code is negative, or a value NaN.
-    types
-        Of ``composition``: the label's codes, which its baselines read.
+    kind
+        How it is scored: of ``classes``, ``value`` and ``composition`` predictions are, of ``mixing``
+        embeddings, of ``imputation`` masked genes.
+    target, classes
+        See `Question`; a target is missing where a code is negative, or a value NaN. Of ``mixing`` codes, of
+        ``imputation`` there is none.
     folds
         Over all cells, labelled or not.
     facts
         What the report says of it.
+    types
+        Of ``composition``: the label's codes, which its baselines read.
+    batch
+        Of ``mixing``: codes of batches, negative where missing.
     """
 
     name: str
     config: TaskConfig
     cohort: Cohort
-    kind: Kind
-    target: Num[np.ndarray, "n ..."]
+    kind: str
+    target: Num[np.ndarray, "n ..."] | None
     classes: tuple[str, ...]
-    types: Int64[np.ndarray, " n"] | None
     folds: Folds
     facts: dict[str, Any]
+    types: Int64[np.ndarray, " n"] | None = None
+    batch: Int64[np.ndarray, " n"] | None = None
 
-    def questions(self) -> Iterator[tuple[int, FoldData]]:
-        """The folds that the suite asks for, by number."""
+    def in_folds(self) -> Iterator[FoldData]:
+        """The folds that the suite asks for, each of the cells that have a target.
+
+        Raises
+        ------
+        InputError
+            A fold without such cells to learn from or to test, or with one class to learn.
+        """
         for number, fold in enumerate(self.folds.folds):
-            if self.config.folds and number not in self.config.folds:
-                continue
-            there = np.isfinite(self.target.reshape(len(self.target), -1)).all(1) & self._has_code()
-            asked = fold.labelled(np.where(there, self.target if self.kind == "classes" else 0, -1))
-            question = Question(self.kind, self.target, self.classes, asked, self.folds.block, self._near)
-            yield number, FoldData(self, question)
-
-    def _has_code(self) -> np.ndarray:
-        return self.target >= 0 if self.kind == "classes" else np.ones(len(self.target), bool)
+            if not self.config.folds or number in self.config.folds:
+                asked = fold if self.target is None else fold.labelled(self._codes)
+                yield FoldData(self, number, asked)
 
     @functools.cached_property
-    def _near(self) -> Int64[np.ndarray, "n k"]:
+    def near(self) -> Int64[np.ndarray, "n k"]:
+        """The nearest neighbours of every cell."""
         return self.cohort.neighbours(STORED_NEIGHBOURS)
+
+    @functools.cached_property
+    def _codes(self) -> Int64[np.ndarray, " n"]:
+        """Classes as they are; of other targets every cell's own number stands for a value that is there."""
+        assert self.target is not None
+        if self.target.dtype.kind == "i":
+            return self.target
+        there = np.isfinite(self.target.reshape(len(self.target), -1)).all(1)
+        return np.where(there, np.arange(len(there)), -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +108,32 @@ class FoldData:
     """A task in a fold, with what its methods share."""
 
     task: Task
-    question: Question
+    number: int
+    fold: Fold
 
     @functools.cached_property
+    def question(self) -> Question:
+        """Of a task whose predictions are scored."""
+        task = self.task
+        assert task.target is not None and task.kind in PRIMARY
+        block, margin = task.folds.block, task.config.choosing_margin
+        return Question(task.kind, task.target, task.classes, self.fold, block, task.near, margin)
+
+    @property
     def expression(self) -> Float32[np.ndarray, "n d"]:
         """Principal components, fitted on the fold's training cells."""
-        return components(self.task.cohort, self.question.fold.train)
+        return self._expression[0]
+
+    @property
+    def expression_cost(self) -> Cost:
+        """Of the components."""
+        return self._expression[1]
+
+    @functools.cached_property
+    def _expression(self) -> tuple[Float32[np.ndarray, "n d"], Cost]:
+        with Meter() as meter:
+            found = components(self.task.cohort, self.fold.train)
+        return found, meter.cost
 
 
 def make_task(suite: Suite, name: str, folder: Path) -> Task:
@@ -100,11 +147,16 @@ def make_task(suite: Suite, name: str, folder: Path) -> Task:
     config = suite.tasks[name]
     sources = [suite.files[file] for file in config.files]
     cohort = open_cohort(folder / "-".join(config.files), sources, **read_tables(suite))
-    folds = make_folds(cohort.corpus, config.split)
+    if config.kind == "mixing":
+        folds = all_cells(cohort.corpus, config.split.blocks)
+    else:
+        folds = make_folds(cohort.corpus, config.split)
+    _check_folds(suite, name, len(folds.folds))
+    kind = _SCORED_AS[config.kind]
     facts = {
         "name": name,
         "file": ", ".join(config.files),
-        "kind": _KINDS[config.kind],
+        "kind": kind,
         "label": ", ".join(config.labels),
         "split": folds.description,
         "leaking": folds.leaking,
@@ -113,21 +165,28 @@ def make_task(suite: Suite, name: str, folder: Path) -> Task:
         "unit": "",
         "classes": [],
     }
+    if config.kind == "imputation":
+        facts |= {"unit": "log1p of scaled counts"}
+        return Task(name, config, cohort, kind, None, (), folds, facts)
     if config.kind == "density":
         if config.unit != "um":
             raise InputError(f"{suite.path} [tasks.{name}]", "density is per um^2, unit is file", "use um")
         value, report = local_density(cohort.corpus, config.radius)
         facts |= {"unit": UNIT, "target": report}
-        return Task(name, config, cohort, "value", value, (), None, folds, facts)
-    labels = _labels(suite, config, cohort, folds)
+        return Task(name, config, cohort, kind, value, (), folds, facts)
+    labels = _labels(suite, name, cohort, folds)
     codes, classes = labels.codes, tuple(labels.classes)
     facts |= {"classes": labels.classes, "left_out": labels.left_out, "missing": labels.missing}
+    if config.kind == "mixing":
+        batch = _batches(cohort.corpus, config.batch)
+        facts |= {"label": f"{config.batch} against {facts['label']}"}
+        return Task(name, config, cohort, kind, codes, classes, folds, facts, batch=batch)
     if config.kind == "classes":
-        return Task(name, config, cohort, "classes", codes, classes, None, folds, facts)
+        return Task(name, config, cohort, kind, codes, classes, folds, facts)
     shares, report = composition(cohort.corpus, codes, len(classes), config.radius, unit=config.unit)
     facts |= {"unit": f"shares within {config.radius:g} {'µm' if config.unit == 'um' else 'units'}"}
     facts |= {"target": report}
-    return Task(name, config, cohort, "composition", shares, classes, codes, folds, facts)
+    return Task(name, config, cohort, kind, shares, classes, folds, facts, types=codes)
 
 
 def read_tables(suite: Suite) -> dict[str, Any]:
@@ -144,8 +203,35 @@ def read_tables(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _labels(suite: Suite, config: TaskConfig, cohort: Cohort, folds: Folds) -> Labels:
+def _check_folds(suite: Suite, name: str, number: int) -> None:
+    """Every fold that is asked for by number is there."""
+    asked = {f"tasks.{name}": suite.tasks[name].folds}
+    asked |= {
+        f"methods.{method}": config.folds
+        for method, config in suite.methods.items()
+        if name in config.tasks and len(config.tasks) == 1
+    }
+    for where, folds in asked.items():
+        if unknown := [fold for fold in folds if not 0 <= fold < number]:
+            raise InputError(
+                f"{suite.path} [{where}]",
+                f"task {name!r} has no fold {unknown[0]}",
+                f"use 0 to {number - 1}",
+            )
+
+
+def _batches(corpus: Corpus, batch: str) -> Int64[np.ndarray, " n"]:
+    """Technology, or the codes of a label, of every cell."""
+    if batch != "technology":
+        return corpus.labels(batch)[0].astype(np.int64)
+    names = [slide.technology for slide in corpus.slides]
+    code = np.unique(names, return_inverse=True)[1]
+    return code[corpus.slide_of(np.arange(corpus.n_cells))]
+
+
+def _labels(suite: Suite, name: str, cohort: Cohort, folds: Folds) -> Labels:
     """One label of all files, in the classes that all of them have where a map says what these are."""
+    config = suite.tasks[name]
     columns = config.labels * (len(config.files) // len(config.labels))
     maps: list[ClassMap | None] = [None] * len(columns)
     if config.class_map:
@@ -157,20 +243,28 @@ def _labels(suite: Suite, config: TaskConfig, cohort: Cohort, folds: Folds) -> L
         rows = np.array(of_file)[cohort.slide]
         codes, names = cohort.corpus.labels(column)
         obs = pd.DataFrame({column: pd.Categorical.from_codes(codes[rows], pd.Index(names))})
-        parts.append((rows, read_labels(obs, column, missing=config.missing, class_map=class_map)))
+        where = suite.files[file].path
+        part = read_labels(obs, column, missing=config.missing, class_map=class_map, where=where)
+        parts.append((rows, part))
     if config.class_map and len(parts) > 1:
         classes = shared_classes(*read)
     else:
         classes = sorted({name for _, part in parts for name in part.classes})
     codes = np.full(cohort.corpus.n_cells, -1)
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     for rows, part in parts:
         shared = part.among(classes)
         codes[rows] = shared.codes
-        left_out |= shared.left_out
-    joined = pd.DataFrame({"label": pd.Categorical.from_codes(codes, pd.Index(classes))})
+        left_out.update(shared.left_out)
+    label = ", ".join(config.labels)
     limited = read_labels(
-        joined, "label", min_cells=config.min_cells, min_blocks=config.min_blocks, block=folds.block
+        pd.DataFrame({label: pd.Categorical.from_codes(codes, pd.Index(classes))}),
+        label,
+        min_cells=config.min_cells,
+        min_blocks=config.min_blocks,
+        block=folds.block,
+        where=f"{suite.path} [tasks.{name}]",
     )
+    left_out.update(limited.left_out)
     missing = sum(part.missing for _, part in parts)
-    return Labels(limited.codes, limited.classes, left_out | limited.left_out, missing)
+    return Labels(limited.codes, limited.classes, dict(left_out), missing)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import numpy as np
 import optax
@@ -11,9 +9,8 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from sklearn.metrics import f1_score, r2_score
 from sklearn.utils.class_weight import compute_class_weight
 
+from scfm_jax.downstream.scores import Kind
 from scfm_jax.errors import InputError
-
-Kind = Literal["classes", "composition", "value"]
 
 
 def check_targets(targets: Shaped[np.ndarray, " n *c"], kind: Kind, n_classes: int | None) -> int:

@@ -11,7 +11,6 @@ from scfm_jax.downstream.composition import (
     composition,
     composition_by_type,
     composition_of_predicted,
-    global_composition,
 )
 from scfm_jax.errors import InputError
 
@@ -72,7 +71,7 @@ def test_units_and_the_least_number_are_arguments(place_cells, corpus, codes):
         composition(unknown, codes[:40], N_TYPES, 0.5)
 
 
-def test_the_training_baselines_are_means_over_training_cells(corpus, codes):
+def test_the_baseline_by_type_is_the_mean_over_its_training_cells(corpus, codes):
     value, _ = composition(corpus, codes, N_TYPES, RADIUS)
     scored = np.flatnonzero(np.isfinite(value[:, 0]))
     test = scored[scored >= 270]
@@ -80,12 +79,14 @@ def test_the_training_baselines_are_means_over_training_cells(corpus, codes):
     table = pd.DataFrame(value[train]).assign(type=codes[train]).dropna()
     overall = table.drop(columns="type").mean().to_numpy()
     by_type = table[table["type"] >= 0].groupby("type").mean()
-    got = global_composition(value, train, test)
-    assert got.dtype == np.float32 and got == pytest.approx(np.tile(overall, (len(test), 1)))
     got = composition_by_type(value, codes, train, test)
     expected = [by_type.loc[code] if code in by_type.index else overall for code in codes[test]]
     assert {-1, 0, 1, 2} == set(codes[test])
-    assert got == pytest.approx(np.array(expected)) and got.sum(1) == pytest.approx(1)
+    assert (
+        got.dtype == np.float32
+        and got == pytest.approx(np.array(expected))
+        and got.sum(1) == pytest.approx(1)
+    )
 
 
 def test_predicted_types_are_averaged_over_the_neighbours(corpus, codes, near):

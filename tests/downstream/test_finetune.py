@@ -19,11 +19,11 @@ from sklearn.metrics import f1_score, r2_score
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import SplitConfig, split_cells
 from scfm_jax.data.technology_means import means_of_slide
+from scfm_jax.downstream.choosing import held_out_blocks, neighbour_rows
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells
 from scfm_jax.downstream.finetune import finetune
 from scfm_jax.downstream.finetuned import FinetuneConfig, FineTuned, open_finetuned
 from scfm_jax.downstream.model import TrainedModel, open_model
-from scfm_jax.downstream.probe import split_blocks
 from scfm_jax.downstream.targets import cell_losses, drawn, loss_targets, score
 from scfm_jax.errors import InputError
 from scfm_jax.export.weights import export_run
@@ -54,6 +54,11 @@ class Tissue:
     block: np.ndarray
     train: np.ndarray
     test: np.ndarray
+
+    def choosing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the training cells that are fitted, and that choose the epoch, with seed 0."""
+        near = neighbour_rows(self.train, self.corpus.neighbours(self.train, self.corpus.n_neighbours))
+        return held_out_blocks(self.block[self.train], near, 0, labels=self.codes[self.train])
 
     def finetune(self, model: TrainedModel, config: FinetuneConfig, targets: Any = None, **more: Any) -> Any:
         targets = self.codes if targets is None else targets
@@ -248,7 +253,7 @@ def test_the_loss_is_that_of_every_training_cell_once(model: TrainedModel, tissu
     size = 25
     config = replace(FAST, epochs=1, batch_size=size, base_rate=0.0, head_rate=0.0, balanced=False)
     result = tissue.finetune(model, replace(config, label_smoothing=0.0))
-    fit, _ = split_blocks(tissue.codes[tissue.train], tissue.block[tissue.train], 0)
+    fit, _ = tissue.choosing()
     assert len(fit) % size
     cells = tissue.train[fit]
     said = result.predict(tissue.corpus, cells)[np.arange(len(cells)), tissue.codes[cells]]
@@ -262,14 +267,14 @@ def test_the_best_epoch_is_kept_and_can_be_trained_anew_on_all(model: TrainedMod
     assert result.chosen["validation_score"] == max(scores)
     assert len(scores) - result.chosen["epoch"] == 2 or len(scores) == 12
     codes, cells = tissue.codes[tissue.train], tissue.train
-    _, held_out = split_blocks(codes, tissue.block[cells], 0)
+    fit, held_out = tissue.choosing()
     said = result.predict(tissue.corpus, cells[held_out])
     assert score("classes", codes[held_out], said) == pytest.approx(max(scores))
     steps: list[tuple[int, int]] = []
     anew = tissue.finetune(model, replace(config, refit=True), progress=lambda *said: steps.append(said[:2]))
     told = list(dict.fromkeys(done for done, _ in steps))
     assert told[: len(scores)] == list(range(1, len(scores) + 1))
-    assert steps[-1][0] == steps[-1][1] == 12 * -(-(len(codes) - len(held_out)) // 16)
+    assert steps[-1][0] == steps[-1][1] == 12 * -(-len(fit) // 16)
     assert [row["validation_score"] for row in anew.history] == scores
     assert np.any(anew.trained["head"]["out"]["kernel"] != result.trained["head"]["out"]["kernel"])
 
