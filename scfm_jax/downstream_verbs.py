@@ -176,6 +176,8 @@ def evaluate(suite: Positional[Path], out: Positional[Path], /, json: bool = Fal
 
     from scfm_jax.downstream.suite import COPY, RESULTS, run_suite
 
+    if suite.resolve().parent == out.resolve():
+        raise InputError(out, "is the suite's own folder", "name another folder")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / COPY).exists())):
         raise InputError(out, "exists already and holds no results of a suite", "name another folder")
     cache_compilations()
@@ -215,9 +217,9 @@ def _print_scores(file: Path, record: dict[str, Any], method: str) -> None:
         ("difference", record["difference"], "+"),
     ]
     width = max(len(name) for name, _, _ in rows) + 2
-    print(" " * width + "".join(f"{title:<26}" for title in _TITLES.values()).rstrip())
+    print(" " * width + "".join(f"{title:<28}" for title in _TITLES.values()).rstrip())
     for name, scores, sign in rows:
-        print(f"{name:<{width}}" + "".join(f"{_interval(scores[key], sign):<26}" for key in _TITLES).rstrip())
+        print(f"{name:<{width}}" + "".join(f"{_interval(scores[key], sign):<28}" for key in _TITLES).rstrip())
     for name, n in zip(record["left_out"], record["left_out_cells"], strict=True):
         print(f"left out: {name} ({n:,} cells)")
     if record["cells_without_label"] or record["cells_unknown"]:

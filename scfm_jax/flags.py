@@ -183,7 +183,7 @@ class Labelling:
             missing=tuple(filter(None, self.missing.split(","))),
             min_cells=self.min_cells,
             min_blocks=self.min_blocks,
-            class_map=self.class_map and read_class_map(self.class_map, self.side or file.stem),
+            class_map=read_class_map(self.class_map, self.side or file.stem) if self.class_map else None,
         )
 
 

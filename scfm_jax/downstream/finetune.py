@@ -96,7 +96,8 @@ def finetune(
     )
     states = CellStates.of(model, EmbeddingConfig(pooling=config.head.pooling))
     training = _Training(model, corpus, cells, goals, weights, config, kind, states, seed)
-    planned = config.epochs * -(-len(fit) // config.batch_size)
+    steps = -(-len(fit) // config.batch_size)
+    planned = config.epochs * steps
 
     best = FineTuned(model, config, kind, {}, scale, optimiser_bytes=training.optimiser_bytes)
     history: list[dict[str, float]] = []
@@ -111,7 +112,8 @@ def finetune(
         if not best.history or row["validation_score"] > best.chosen["validation_score"]:
             # The step takes the state's buffers, of which a CPU's arrays are views: what stays is copied.
             best = replace(best, trained=jax.tree.map(np.array, trained), history=tuple(history))
-        note = f"loss {loss:.4f}  validation {row['validation_score']:.3f}"
+        note = f"epoch {epoch}: loss {loss:.4f}  validation {row['validation_score']:.3f}"
+        progress(epoch * steps, planned, note)
         if epoch - best.chosen["epoch"] >= config.patience:
             break
     best = replace(best, history=tuple(history))

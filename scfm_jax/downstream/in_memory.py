@@ -72,22 +72,30 @@ def _stored(adata: anndata.AnnData) -> Iterator[Path]:
         slim.raw = adata.raw.to_adata()
     with tempfile.TemporaryDirectory() as folder, _said_of("adata", folder):
         path = Path(folder) / "adata.h5ad"
-        slim.write_h5ad(path)
-        yield path
+        with _warned_of("adata", path):
+            slim.write_h5ad(path)
+            yield path
 
 
 @contextmanager
 def _said_of(where: str, folder: str) -> Iterator[None]:
-    """Errors and warnings that name a file of `folder`, which the user has never seen, name `where`."""
-    caught: list[warnings.WarningMessage] = []
+    """Errors that name a file of `folder`, which the user has never seen, name `where`."""
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            yield
+        yield
     except InputError as error:
         if folder not in error.where:
             raise
         raise InputError(where, error.problem, error.mend) from error
+
+
+@contextmanager
+def _warned_of(where: str, path: Path) -> Iterator[None]:
+    """Warnings that name `path` name `where`; they are given at the end."""
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
     finally:
         for warning in caught:
-            text = str(warning.message).replace(f"{folder}/adata.h5ad", where)
+            text = str(warning.message).replace(str(path), where)
             warnings.warn_explicit(text, warning.category, warning.filename, warning.lineno)
