@@ -89,12 +89,9 @@ class TaskConfig:
     def __post_init__(self) -> None:
         check_least(self, 1, "test_cells", "train_cells")
         check_least(self, 0, "choosing_margin", "min_cells", "min_blocks")
-        for name in ("neighbours", "means", "choosing_margin"):
-            given = getattr(self, name)
-            if not all(
-                0 <= k <= STORED_NEIGHBOURS for k in (given if isinstance(given, tuple) else (given,))
-            ):
-                raise ValueError(f"{name} is {given}, not within 0 and {STORED_NEIGHBOURS}")
+        for k in (*self.neighbours, *self.means, self.choosing_margin):
+            if not 0 <= k <= STORED_NEIGHBOURS:
+                raise ValueError(f"{k} neighbours are asked for, and 0 to {STORED_NEIGHBOURS} are stored")
 
 
 @dataclass(frozen=True)
@@ -259,19 +256,22 @@ def read_suite(path: str | Path) -> Suite:
         raise InputError(path, f"cannot be read as TOML ({error})", "give a suite") from None
     if unknown := set(content) - set(_SECTIONS):
         raise InputError(path, f"has no section {min(unknown)!r}", f"there are {', '.join(_SECTIONS)}")
-    for name in ("files", "tasks"):
-        if not content.get(name):
-            raise InputError(path, f"names no {name}", f"add a table [{name}.NAME]")
-
-    def of(section: str, kind: type[T]) -> dict[str, T]:
+    for section in _SECTIONS:
         tables = content.get(section, {})
-        for name, table in tables.items():
+        if not isinstance(tables, dict):
+            raise InputError(path, f"{section} is no table", f"write [{section}.NAME]")
+        if section in ("files", "tasks") and not tables:
+            raise InputError(path, f"names no {section}", f"add a table [{section}.NAME]")
+        for name, table in tables.items() if section != "genes" else ():
             if not isinstance(table, dict):
                 raise InputError(path, f"{section}.{name} is no table", f"write [{section}.{name}]")
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise InputError(
                     path, f"{section}.{name!r} cannot be a file's name", "use letters, digits, - and _"
                 )
+
+    def of(section: str, kind: type[T]) -> dict[str, T]:
+        tables = content.get(section, {})
         return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
 
     files = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,9 @@ from scfm_jax.training.config import RunConfig
 from scfm_jax.training.run import save_technology_means, write_weights
 from scfm_jax.training.task import model_builder
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 FAST = FinetuneConfig(epochs=8, patience=8, batch_size=16, base_rate=2e-2, head_rate=2e-2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast() -> Iterator[None]:
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclass

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import anndata
 import jax
-import numpy as np
 import pytest
 
-from scfm_jax.corpus import Corpus
-from scfm_jax.downstream import suite as suite_module
-from scfm_jax.downstream.scores import score
 from scfm_jax.downstream.suite import run_suite
-from scfm_jax.downstream.suite_results import read_results
-from scfm_jax.errors import DataWarning, InputError
 
-pytestmark = pytest.mark.filterwarnings("ignore::scfm_jax.errors.DataWarning")
+pytestmark = [
+    pytest.mark.usefixtures("compile_fast"),
+    pytest.mark.filterwarnings("ignore::scfm_jax.errors.DataWarning"),  # few blocks
+]
 
 FILES = """
 [files.slide0]
@@ -48,14 +42,6 @@ means = [2, 4]
 choosing_margin = 4
 split = { by = "slides", blocks = 4 }
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_fast() -> Iterator[None]:
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
