@@ -224,7 +224,7 @@ def _print_scores(file: Path, record: dict[str, Any], method: str) -> None:
         print(f"left out: {name} ({n:,} cells)")
     if record["cells_without_label"] or record["cells_unknown"]:
         print(
-            f"{record['cells_without_label']:,} cells without a label; "
+            f"{record['cells_without_label']:,} cells without a label that counts; "
             f"{record['cells_unknown']:,} without a count of a gene that the model knows"
         )
 

@@ -77,7 +77,7 @@ def test_probe_prints_scores_and_annotates_a_copy(finished, slide, tmp_path, cap
     values = np.array(list(rows.values()))
     np.testing.assert_allclose(values[0] - values[1], values[2], atol=2e-3)
     assert "6 classes, 150 cells scored in 2 folds (4 x 4 spatial blocks in 2 folds, margin 2)" in printed.out
-    assert "10 cells without a label" in printed.out
+    assert "10 cells without a label that counts" in printed.out
     assert "fold 1: macro-F1" in printed.err and "leak" not in printed.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "out.h5ad"]
 
