@@ -68,7 +68,6 @@ FINETUNE = 'way = "finetune"\nof = ["tissue", "untrained"]'
         ("[genes]", "[genes", r"suite.toml: cannot be read as TOML"),
         ("[genes]", "[gene]", r"has no section 'gene'; there are files, genes, tasks"),
         ("files.brain]", "files]", r"files.path is no table; write \[files.path\]"),
-        ("[models.tissue]", "models = 3\n[tasks.more]", r"models is no table; write \[models.NAME\]"),
         ("tasks.region]", "methods.other]", r"names no tasks; add a table \[tasks.NAME\]"),
         ("[genes]", "[models]\nother = 3\n[genes]", r"models.other is no table"),
         ("tasks.region]", 'tasks."a/b"]', r"tasks.'a/b' cannot be a file's name"),
@@ -125,3 +124,6 @@ def test_bad_suites(tmp_path: Path, old: str, new: str, problem: str | None) -> 
 def test_no_suite(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as TOML"):
         read_suite(tmp_path / "none.toml")
+    (tmp_path / "suite.toml").write_text("files = 3")
+    with pytest.raises(InputError, match=r"files is no table; write \[files.NAME\]"):
+        read_suite(tmp_path / "suite.toml")
