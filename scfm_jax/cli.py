@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from scfm_jax import corpus_verbs, scaling_verbs
+from scfm_jax import corpus_verbs, downstream_verbs, scaling_verbs
+from scfm_jax.compilations import cache_compilations
 from scfm_jax.console import print_build, print_json
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.flags import GeneTables, Reading
@@ -55,7 +56,7 @@ def train(
     config = override(load_recipe(recipe), overrides, str(recipe))
     if not config.corpus:
         raise InputError(recipe, "names no corpus", "add --corpus PATH")
-    _cache_compilations()
+    cache_compilations()
     steps = parse_steps(profile) if profile else None
     with joined(distributed):
         with TrainingBar(config.optimiser.steps, quiet=not is_primary()) as bar:
@@ -110,7 +111,7 @@ def embed(
     from scfm_jax.downstream.embed import EmbeddingConfig, embed_file
     from scfm_jax.downstream.model import open_model
 
-    _cache_compilations()
+    cache_compilations()
     model = open_model(run, checkpoint=checkpoint)
     with Bar("embedding", quiet=json) as bar:
         record = embed_file(
@@ -233,7 +234,7 @@ def demo(out: Positional[Path | None] = None, /) -> None:
     from experiments import tissue_demo
     from scfm_jax.downstream.demo import run_demo
 
-    _cache_compilations()
+    cache_compilations()
     numbered = (Path(f"runs/demo-{number}") for number in itertools.count(2))
     free = (path for path in itertools.chain([Path("runs/demo")], numbered) if not path.exists())
     page = run_demo(out or next(free), tissue_demo.alone(), tissue_demo.recipe())
@@ -246,6 +247,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "train": train,
     **scaling_verbs.VERBS,
     "embed": embed,
+    **downstream_verbs.VERBS,
     "import": import_weights,
     "export": export_weights,
 }
@@ -310,15 +312,6 @@ def _split_overrides(words: list[str], its_own: Sequence[str]) -> tuple[list[str
             value = next(rest, None)
             flags.extend([] if value is None else [value])
     return own, flags
-
-
-def _cache_compilations() -> None:
-    """Compilations outlive the process: the next run of the same shapes starts at once."""
-    import jax
-
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "scfm_jax" / "xla"))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

@@ -118,3 +118,116 @@ class Workers:
             "workers": self.workers or (n_cores() if size > _LARGE else 1),
             "scheduler": self.scheduler,
         }
+
+
+@dataclasses.dataclass
+class Split:
+    """How labelled cells become folds."""
+
+    by: Literal["blocks", "slides", "column", "technology", "random"] = "blocks"
+    """Spatial blocks with a margin, whole slides, values of a column (a donor), or cells at random: a random
+    split leaks."""
+    groups: tuple[str, ...] = ()
+    """With slides: patterns, one fold each (*/animal1.*); with column: values. All if not given."""
+    column: str = ""
+    """The obs column of split.by column, one value in each slide."""
+    blocks: int = 8
+    """Blocks along each side of a slide."""
+    n_folds: int = 5
+    """Folds that the blocks are dealt to."""
+    margin: int = 64
+    """Neighbours of test cells that nothing is learnt from."""
+    context: Literal["separate", "shared"] = "separate"
+    """Whether training and test cells may share neighbours outside both."""
+    together: tuple[str, ...] = ()
+    """Patterns of slides that overlie each other."""
+    min_kept: float = 0.2
+    """The least share of cells that margins must leave to learn from."""
+    seed: int = 0
+    """Decides the folds."""
+
+    def read(self) -> Any:
+        from scfm_jax.downstream.folds import FoldsConfig
+
+        return FoldsConfig(**vars(self))
+
+
+@dataclasses.dataclass
+class Labelling:
+    """Which label, and what counts as one."""
+
+    label: str
+    """The obs column to predict."""
+    missing: Labels = "nan,None,NA"
+    """Values that count as no label, beside a real NaN; add Ambiguous where a file has it."""
+    min_cells: int = 50
+    """A class in fewer cells is left out, and listed."""
+    min_blocks: int = 5
+    """A class in fewer spatial blocks is left out, and listed."""
+    class_map: Path | None = None
+    """A file of class maps (.toml), which makes few classes of many."""
+    side: str | None = None
+    """The side of the class map; the file's stem if not given."""
+    neighbours: int | None = None
+    """k, of the model and of the baseline; the model's own if not given."""
+
+    def read(self, file: Path, model: Any, split: Split) -> Any:
+        from scfm_jax.downstream.annotate import neighbours_of
+        from scfm_jax.downstream.class_maps import read_class_map
+        from scfm_jax.downstream.cross_fitting import LabelConfig
+
+        return LabelConfig(
+            label=self.label,
+            neighbours=neighbours_of(model, self.neighbours),
+            split=split.read(),
+            missing=tuple(filter(None, self.missing.split(","))),
+            min_cells=self.min_cells,
+            min_blocks=self.min_blocks,
+            class_map=read_class_map(self.class_map, self.side or file.stem) if self.class_map else None,
+        )
+
+
+@dataclasses.dataclass
+class Lora:
+    """Adapters."""
+
+    rank: int = 8
+    """Inner size of a change of a kernel."""
+    alpha: float = 16.0
+    """Its weight: it counts alpha / rank."""
+
+
+@dataclasses.dataclass
+class Tuning:
+    """What is trained, and how."""
+
+    way: Literal["lora", "full", "head"] = "lora"
+    """Adapters and a head, all weights that encode and a head, or a head alone."""
+    head: Literal["linear", "max_linear", "mean_tanh"] = "linear"
+    """Mean and linear; maximum and linear (AIDO.Tissue); mean, linear, tanh, dropout, linear."""
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    epochs: int = 20
+    """Most passes over the training cells."""
+    patience: int = 5
+    """Passes without a better validation score that end it."""
+    batch_size: int = 32
+    """Cells of a step."""
+    base_rate: float | None = None
+    """Peak learning rate of adapters (5e-4 if not given) or weights (1e-4)."""
+    head_rate: float = 5e-3
+    """Peak learning rate of the head."""
+    max_train_cells: int = 0
+    """Cells drawn to learn from, in proportion to their classes; 0 takes all."""
+    refit: bool = False
+    """Train again on the validation cells too, for as many passes as were best."""
+
+    def read(self) -> Any:
+        from scfm_jax.downstream.finetuned import FinetuneConfig
+        from scfm_jax.models.heads import HeadConfig
+        from scfm_jax.models.lora import LoraConfig
+
+        given = vars(self) | {"head": HeadConfig(self.head), "lora": LoraConfig(**vars(self.lora))}
+        try:
+            return FinetuneConfig(**given)
+        except ValueError as error:
+            raise InputError("finetune", str(error), "choose another value") from error

@@ -15,11 +15,6 @@ from scfm_jax.cli import main
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def no_compilation_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scfm_jax.cli._cache_compilations", lambda: None)
-
-
 @pytest.fixture
 def slide(corpus_path: Path) -> Path:
     return corpus_path.parent / "slide0.h5ad"

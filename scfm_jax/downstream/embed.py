@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from scfm_jax import __version__
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.data.batch import SentenceBatch, TissueBatch
 from scfm_jax.downstream.model import TrainedModel
+from scfm_jax.downstream.outputs import check_new, written_whole
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import Parameters
 from scfm_jax.models.heads import Pooling, pooled
@@ -264,14 +264,11 @@ def embed_file(
         Bad input, or an existing output.
     """
     key_added = key_added or KEYS[type(model.config.model)]
-    if os.path.lexists(out):
-        raise InputError(out, "exists already", "name another output or remove it")
+    check_new(out)
     if "/" in key_added or key_added == source.coordinates:
         raise InputError(out, f"cannot keep an embedding as obsm[{key_added!r}]", "give another --key-added")
     if Path(source.path).exists() and Path(source.path).suffix != ".h5ad":
         raise InputError(source.path, "embeddings go into a copy of an .h5ad file", "write it as .h5ad first")
-    if not out.parent.is_dir():
-        raise InputError(out, "its folder does not exist", "make it first")
     with tempfile.TemporaryDirectory() as scratch:
         report = build_corpus(
             Path(scratch) / "corpus",
@@ -307,10 +304,6 @@ def embed_file(
         "scfm_jax": __version__,
     }
     adata.uns[key_added] = {**record, "source": str(record["source"])}
-    partial = out.with_name(out.name + ".partial")
-    try:
+    with written_whole(out) as partial:
         adata.write_h5ad(partial)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     return {**record, "key": key_added, "build": report}

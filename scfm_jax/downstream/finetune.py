@@ -29,6 +29,7 @@ from scfm_jax.models.lora import encoding, init_adapters
 
 _CLIP = 1.0
 _WINDOW = 16  # batches whose cells are sorted by length together
+_MULTIPLE = 64  # of lengths, at least: a step takes seconds to compile, padding a short row milliseconds
 
 
 def finetune(
@@ -95,7 +96,8 @@ def finetune(
     )
     states = CellStates.of(model, EmbeddingConfig(pooling=config.head.pooling))
     training = _Training(model, corpus, cells, goals, weights, config, kind, states, seed)
-    planned = config.epochs * -(-len(fit) // config.batch_size)
+    steps = -(-len(fit) // config.batch_size)
+    planned = config.epochs * steps
 
     best = FineTuned(model, config, kind, {}, scale, optimiser_bytes=training.optimiser_bytes)
     history: list[dict[str, float]] = []
@@ -110,7 +112,8 @@ def finetune(
         if not best.history or row["validation_score"] > best.chosen["validation_score"]:
             # The step takes the state's buffers, of which a CPU's arrays are views: what stays is copied.
             best = replace(best, trained=jax.tree.map(np.array, trained), history=tuple(history))
-        note = f"loss {loss:.4f}  validation {row['validation_score']:.3f}"
+        note = f"epoch {epoch}: loss {loss:.4f}  validation {row['validation_score']:.3f}"
+        progress(epoch * steps, planned, note)
         if epoch - best.chosen["epoch"] >= config.patience:
             break
     best = replace(best, history=tuple(history))
@@ -229,7 +232,8 @@ class _Training:
                 yield chosen, self.features[np.resize(chosen, size)]
             return
         run = self.model.config
-        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW)
+        multiple = max(run.data.length_multiple, _MULTIPLE)
+        data = replace(run.data, batch_size=size, virtual_shards=1, window=_WINDOW, length_multiple=multiple)
         reading = replace(
             self.model, config=replace(run, data=data, optimiser=replace(run.optimiser, accumulation=1))
         )

@@ -5,11 +5,8 @@ Attention is where information may come from, not what it does: see `scfm_jax.do
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import anndata
@@ -21,8 +18,9 @@ from flax import nnx
 from jaxtyping import Float, Float32, Float64, Int32, Int64
 from scipy import sparse
 
-from scfm_jax.corpus import Corpus, Source, build_corpus
+from scfm_jax.corpus import Corpus
 from scfm_jax.data.batch import TissueBatch
+from scfm_jax.downstream.in_memory import corpus_of
 from scfm_jax.downstream.labels import MISSING, Labels, read_labels
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.errors import InputError
@@ -283,30 +281,3 @@ def explain_attention(
         found = centre_attention(model, corpus, np.arange(corpus.n_cells), labels=labels, progress=progress)
         for name, table in attention_tables(found, labels=labels, layer=layer).items():
             adata.uns[f"{key_added}_{name}"] = table
-
-
-@contextmanager
-def corpus_of(adata: anndata.AnnData, model: TrainedModel, **source: Any) -> Iterator[Corpus]:
-    """A corpus of the cells of `adata` with the model's genes and neighbours, for as long as it is open.
-
-    Raises
-    ------
-    InputError
-        What `build_corpus` finds wrong.
-    """
-    slim = anndata.AnnData(
-        adata.X, adata.obs.copy(), adata.var[[]], obsm=dict(adata.obsm), layers=dict(adata.layers)
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cells.h5ad"
-        slim.write_h5ad(path)
-        try:
-            build_corpus(
-                Path(folder) / "corpus",
-                [Source(str(path), **source)],
-                vocabulary=model.vocabulary,
-                n_neighbours=max(model.config.data.sample.stored_neighbours, 1),
-            )
-        except InputError as error:
-            raise InputError("adata", error.problem, error.mend) from error
-        yield Corpus.open(Path(folder) / "corpus")

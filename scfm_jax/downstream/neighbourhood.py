@@ -1,8 +1,8 @@
 """A head over a cell and the set of its neighbours, each embedded alone: what it costs does not grow with k.
 
-A Deep Set (Zaheer et al. 2017): every cell's embedding goes through one small network, the neighbours'
-results are averaged, and a second network reads the cell's own result beside that mean. The encoder stays as
-it is, so that every cell is embedded once, whatever the number of neighbours.
+A Deep Set (Zaheer et al. 2017): the embedding of every neighbour goes through one small network, what comes
+out is averaged, and a second network reads the mean beside the cell's own embedding. The encoder stays as it
+is, so that every cell is embedded once, whatever the number of neighbours.
 """
 
 from __future__ import annotations
@@ -169,11 +169,12 @@ def _programs(config: NeighbourhoodConfig, kind: Kind) -> tuple[Any, Any]:
 
 
 def init_neighbourhood(inputs: int, width: int, outputs: int, key: Array) -> Parameters:
-    """Parameters of both networks: normal kernels of variance 2 / in, zero biases."""
+    """Parameters of the networks: normal kernels of variance 2 / in, zero biases."""
     sizes = {
-        "cell_1": (inputs, width),
-        "cell_2": (width, width),
-        "both_1": (2 * width, width),
+        "own": (inputs, width),
+        "each_1": (inputs, width),
+        "each_2": (width, width),
+        "both_1": (2 * (inputs + width), width),
         "both_2": (width, outputs),
     }
     return {
@@ -210,7 +211,7 @@ def apply_neighbourhood(
         Share of hidden features that is dropped, and what draws them; without a key none is.
     """
 
-    def linear(name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    def layer(name: str, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
         return x @ head[name]["kernel"] + head[name]["bias"]
 
     def dropped(x: Float[Array, "... i"], number: int) -> Float[Array, "... i"]:
@@ -220,12 +221,16 @@ def apply_neighbourhood(
         return jnp.where(kept, x / (1 - dropout), 0.0)
 
     around = near[rows]
-    cells = jnp.concatenate([rows[:, None], around], axis=1)
-    each = jax.nn.relu(linear("cell_2", dropped(jax.nn.relu(linear("cell_1", features[cells])), 0)))
-    present = (around >= 0).astype(each.dtype)[..., None]
-    mean = (each[:, 1:] * present).sum(1) / jnp.maximum(present.sum(1), 1.0)
-    both = jnp.concatenate([each[:, 0], mean], axis=1)
-    return linear("both_2", dropped(jax.nn.relu(linear("both_1", dropped(both, 1))), 2))
+    present = (around >= 0).astype(features.dtype)[..., None]
+    neighbours = features[around] * present
+
+    def mean(of_each: Float[Array, "b k i"]) -> Float[Array, "b i"]:
+        return (of_each * present).sum(1) / jnp.maximum(present.sum(1), 1.0)
+
+    each = jax.nn.gelu(layer("each_2", jax.nn.gelu(layer("each_1", neighbours))))
+    own = features[rows]
+    both = jnp.concatenate([jax.nn.gelu(layer("own", own)), mean(each), own, mean(neighbours)], axis=1)
+    return layer("both_2", dropped(jax.nn.gelu(layer("both_1", dropped(both, 0))), 1))
 
 
 _apply = jax.jit(apply_neighbourhood)

@@ -28,7 +28,8 @@ from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import SplitConfig, split_cells
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.downstream.embed import embed_batch
-from scfm_jax.downstream.interpret import corpus_of, gene_name
+from scfm_jax.downstream.in_memory import corpus_of
+from scfm_jax.downstream.interpret import gene_name
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.errors import InputError
 from scfm_jax.objectives.column_masking import predict_from, visible_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -104,8 +105,8 @@ class Pretraining:
     files
         Of the suite, which become one corpus over all their genes; empty: all.
     flags
-        As of `scfm train`, ``{fold}`` is the fold's number: a split with the task's settings holds out what
-        the fold does.
+        As of `scfm train`; ``{fold}`` is the fold's number, ``{group}`` the group of slides that it holds
+        out. A split with the task's settings holds out what the fold does.
     """
 
     recipe: str
@@ -210,7 +211,10 @@ class Genes:
 
 @dataclass(frozen=True)
 class Suite:
-    """All of it, by name; relative paths start from the suite's folder."""
+    """All of it, by name.
+
+    Relative paths start from the suite's folder; ``$NAME`` in them is a variable of the environment.
+    """
 
     path: Path
     files: dict[str, Source]
@@ -221,7 +225,7 @@ class Suite:
 
     def resolve(self, path: str) -> Path:
         """A path of the suite."""
-        return self.path.parent / path
+        return self.path.parent / os.path.expandvars(path)
 
     def first_model(self, task: str) -> str:
         """The first of the models that are for a task.
@@ -271,7 +275,11 @@ def read_suite(path: str | Path) -> Suite:
         return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
 
     files = {
-        name: source_from_table(f"{path} [files.{name}]", path.parent, {"name": name, **table})
+        name: source_from_table(
+            f"{path} [files.{name}]",
+            path.parent,
+            {"name": name, **table, "path": os.path.expandvars(table.get("path", ""))},
+        )
         for name, table in content["files"].items()
     }
     genes = from_dict(Genes, content.get("genes", {}), f"{path} [genes]")

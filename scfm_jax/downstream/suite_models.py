@@ -130,12 +130,15 @@ class Models:
         corpus = open_cohort(
             self._out / "corpora" / "-".join(files), sources, **read_tables(self._suite)
         ).corpus
-        flags = [self._filled(flag, fold) for flag in how.flags]
+        config = self._suite.models[name]
+        of_task = self._suite.tasks[(config.tasks or tuple(self._suite.tasks))[0]].split.groups
+        group = of_task[fold] if of_task else ""
+        flags = [self._filled(flag, fold).replace("{group}", group) for flag in how.flags]
         recipe = self._suite.resolve(how.recipe)
-        config = override(load_recipe(recipe), ["--corpus", str(corpus.path), *flags], str(recipe))
+        run = override(load_recipe(recipe), ["--corpus", str(corpus.path), *flags], str(recipe))
         started = (folder / "config.json").exists()
         self._report(f"pretraining {name}, fold {fold}: {folder}")
-        if train(config, folder, resume=started) < config.optimiser.steps:
+        if train(run, folder, resume=started) < run.optimiser.steps:
             raise KeyboardInterrupt  # it has saved, and the next call goes on
 
 

@@ -1,0 +1,15 @@
+"""Compilations that outlive the process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_compilations() -> None:
+    """Keep compilations in the user's cache: the next run of the same shapes starts at once."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(Path(base) / "scfm_jax" / "xla"))

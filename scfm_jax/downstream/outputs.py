@@ -1,0 +1,32 @@
+"""New files and folders: what exists is left alone, and what fails leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from scfm_jax.errors import InputError
+
+
+def check_new(out: Path) -> None:
+    """Raise InputError where something is called `out` already, or its folder is not there."""
+    if os.path.lexists(out):
+        raise InputError(out, "exists already", "name another output or remove it")
+    if not out.parent.is_dir():
+        raise InputError(out, "its folder does not exist", "make it first")
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A place beside `out` for a file or a folder, which becomes `out` unless something goes wrong."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
