@@ -25,7 +25,7 @@ from scfm_jax.errors import InputError
 
 RESULTS, TASKS, COPY = "results.jsonl", "tasks.json", "suite.toml"
 # What a line of progress says.
-MAIN_SCORES: dict[str, str] = {**PRIMARY, "mixing": "overall", "imputation": "skill"}
+MAIN_SCORES = {"mixing": "overall", "imputation": "skill", **{str(k): name for k, name in PRIMARY.items()}}
 
 
 def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda line: None) -> Path:

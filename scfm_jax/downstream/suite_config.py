@@ -274,14 +274,11 @@ def read_suite(path: str | Path) -> Suite:
         tables = content.get(section, {})
         return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
 
-    files = {
-        name: source_from_table(
-            f"{path} [files.{name}]",
-            path.parent,
-            {"name": name, **table, "path": os.path.expandvars(table.get("path", ""))},
-        )
-        for name, table in content["files"].items()
-    }
+    files = {}
+    for name, table in content["files"].items():
+        if isinstance(table.get("path"), str):
+            table["path"] = os.path.expandvars(table["path"])
+        files[name] = source_from_table(f"{path} [files.{name}]", path.parent, {"name": name, **table})
     genes = from_dict(Genes, content.get("genes", {}), f"{path} [genes]")
     suite = Suite(
         path, files, genes, of("tasks", TaskConfig), of("models", ModelConfig), of("methods", MethodConfig)
