@@ -14,6 +14,7 @@ import pytest
 from scfm_jax.downstream import suite as suite_module
 from scfm_jax.downstream.scores import score
 from scfm_jax.downstream.suite import run_suite
+from scfm_jax.downstream.suite_comparison import compare
 from scfm_jax.downstream.suite_results import read_results
 from scfm_jax.errors import InputError
 from scfm_jax.training.metrics import read_metrics
@@ -241,7 +242,7 @@ finetune = {{ epochs = 1, way = "head" }}
     assert np.isnan(tissue.xy[tissue.slide == 1]).all() and np.isfinite(tissue.xy[tissue.slide == 0]).all()
 
 
-def test_mixing_and_imputation_have_scores_alone(write, tmp_path):
+def test_mixing_and_imputation(write, tmp_path):
     text = f"""
 [tasks.mixed]
 kind = "mixing"
@@ -268,7 +269,7 @@ of = ["tiny", "untrained"]
     out = tmp_path / "out"
     page = run_suite(write(text + TINY), out)
     rows = rows_of(out)
-    assert all(row["predictions"] is None for row in rows)
+    assert all((row["predictions"] is None) == (row["task"] == "mixed") for row in rows)
     mixed = [row for row in rows if row["task"] == "mixed"]
     assert [row["method"] for row in mixed] == [
         "own expression",
@@ -284,10 +285,19 @@ of = ["tiny", "untrained"]
     assert len(masked) == 3 + 2 * 2
     reference = masked["weighted gene mean", None]
     for scores in masked.values():
-        ratio = scores["squared_error_all"] / reference["squared_error_all"]
+        ratio = scores["squared_error"] / reference["squared_error"]
         assert scores["skill"] == pytest.approx(1 - ratio)
     assert masked["masking of tiny", 0] != masked["masking of tiny", 2]
     assert masked["masking of tiny", 2]["skill"] > masked["masking of untrained", 2]["skill"]
+    sums = [np.load(out / row["predictions"]) for row in rows if row["task"] == "masked"]
+    for held, scores in zip(sums, masked.values(), strict=True):
+        assert np.array_equal(held["cells"], sums[0]["cells"]) and len(held["cells"]) == 40
+        assert np.array_equal(held["truth"], sums[0]["truth"]) and (held["truth"] > 0).any()
+        mean = held["predicted"].sum() / held["truth"].sum()
+        assert mean == pytest.approx(scores["squared_error"], rel=1e-5)
+    found = compare(read_results(out)[1])
+    assert found.best_model.name == "masking of tiny" and found.verdict.interval.low < 0
+    assert found.best_baseline.name == "ridge on the cell's other genes"
     text = page.read_text()
     assert "ridge on the cell" in text and "plain of tiny" in text
 
