@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from scfm_jax.cli import main
 from scfm_jax.downstream.finetuned import open_finetuned
 from scfm_jax.downstream.model import open_model
+from scfm_jax.downstream.suite_config import read_suite
 
+ROOT = Path(__file__).parents[1]
 READING = ("--species", "human", "--technology", "simseq", "--um-per-unit", "1")
 SPLIT = ("--split.blocks", "4", "--split.n-folds", "2", "--split.margin", "2")
 LABEL = ("--label", "cell_type", "--min-cells", "5", "--min-blocks", "2")
@@ -158,6 +161,14 @@ def test_evaluate_runs_a_suite_and_does_not_run_it_again(slide, tmp_path, capsys
     printed = capsys.readouterr()
     assert {row["method"] for row in json.loads(printed.out)} >= {"majority", "own expression + mean of 2"}
     assert "majority" not in printed.err
+
+
+def test_the_suite_of_the_docs_can_be_read(tmp_path):
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "downstream.md").read_text(), re.DOTALL)
+    (text,) = (block for block in blocks if "[tasks" in block)
+    (tmp_path / "suite.toml").write_text(text)
+    suite = read_suite(tmp_path / "suite.toml")
+    assert (len(suite.files), len(suite.tasks), len(suite.models), len(suite.methods)) == (2, 3, 2, 3)
 
 
 @pytest.mark.parametrize(

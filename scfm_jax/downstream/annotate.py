@@ -244,6 +244,8 @@ def probe_cells(
     k = cells.config.neighbours
     features = _embedded(cells.cohort, model.with_neighbours(k if way == "probe" else 0), progress)
     known = np.isfinite(features).all(1)
+    if not known.any():
+        raise InputError(cells.where, f"{model.config.name} knows no gene of any cell", "use another model")
     if way != "probe":
         # A cell of which the model knows no gene says nothing as a neighbour either.
         features = np.where(known[:, None], features, features[known].mean(0))

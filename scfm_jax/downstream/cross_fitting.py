@@ -7,7 +7,8 @@ labelled cells.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,10 +95,16 @@ class LabelledCells:
         InputError
             No labelled training or test cell, or training cells of one class.
         """
-        try:
+        with self.named():
             return self.ask(fold.labelled(self.labels.codes))
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors that name a fold or a setting alone name the cells too."""
+        try:
+            yield
         except InputError as error:
-            raise InputError(f"{self.where}, {error.where}", error.problem, error.mend) from None
+            raise InputError(f"{self.where}, {error.where}", error.problem, error.mend) from error
 
     def ask(self, fold: Fold) -> Question:
         """The label, asked of cells that need not have one."""
@@ -122,11 +129,11 @@ def check_label(adata: anndata.AnnData, config: LabelConfig, key: str, where: st
     Raises
     ------
     InputError
-        As `read_labels`, too many neighbours, or a key that cannot be one.
+        As `read_labels`, more neighbours than are stored, or a key that cannot be one.
     """
-    if not 0 <= config.neighbours <= STORED_NEIGHBOURS:
-        problem = f"cannot give {config.neighbours} neighbours"
-        raise InputError(where, problem, f"give 0 to {STORED_NEIGHBOURS}")
+    for name, number in (("neighbours", config.neighbours), ("split.margin", config.split.margin)):
+        if not 0 <= number <= STORED_NEIGHBOURS:
+            raise InputError(where, f"{name} is {number}, out of range", f"give 0 to {STORED_NEIGHBOURS}")
     read_labels(adata, config.label, missing=config.missing, class_map=config.class_map, where=where)
     if "/" in key or key == config.label:
         raise InputError(where, f"cannot keep predictions as obs[{key!r}]", "give another key_added")
@@ -219,27 +226,32 @@ def cross_fit(
     Raises
     ------
     InputError
-        A fold that is not there, or that lacks labelled cells.
+        A fold that is not there, or that lacks labelled cells; test cells of one block; what `answer` raises.
     """
     folds, codes, k = cells.folds.folds, cells.labels.codes, cells.config.neighbours
     if fold is not None and not 0 <= fold < len(folds):
         raise InputError(cells.where, f"has no fold {fold}", f"give one from 0 to {len(folds) - 1}")
     # All are asked before one is answered: a fold without cells is found at once.
     questions = [cells.question(each) for each in (folds if fold is None else folds[fold : fold + 1])]
+    if len(np.unique(np.concatenate([cells.folds.block[each.fold.test] for each in questions]))) < 2:
+        raise InputError(cells.where, "all cells to be scored lie in one block", "raise split.blocks")
     names = tuple(question.fold.name for question in questions)
     probabilities, baseline = np.full((2, len(codes), len(cells.labels.classes)), np.nan, np.float32)
     by, scored, unlabelled = np.full(len(codes), _NONE), np.zeros(len(codes), bool), cells.everyone.test
     for number, question in enumerate(questions):
         train, test = question.fold.train, question.fold.test
         asked = test if fold is None else np.concatenate([test, unlabelled])
-        probabilities[asked] = answer(cells.ask(Fold(question.fold.name, train, asked)))
-        expression = beside_neighbours(components(cells.cohort, train), cells.near, (k,))
-        baseline[test], _ = linear_answer(expression, question, seed=seed)
+        with cells.named():
+            # The cheaper first: it finds what is wrong with a fold sooner.
+            expression = beside_neighbours(components(cells.cohort, train), cells.near, (k,))
+            baseline[test], _ = linear_answer(expression, question, seed=seed)
+            probabilities[asked] = answer(cells.ask(Fold(question.fold.name, train, asked)))
         by[asked], scored[test] = number, True
         own, base = (macro_f1(codes[test], said[test].argmax(1)) for said in (probabilities, baseline))
         report(f"fold {question.fold.name}: macro-F1 {own:.3f}, {baseline_name(k)} {base:.3f}")
     if fold is None and len(unlabelled):
-        probabilities[unlabelled], by[unlabelled] = answer(cells.ask(cells.everyone)), len(names)
+        with cells.named():
+            probabilities[unlabelled], by[unlabelled] = answer(cells.ask(cells.everyone)), len(names)
     sizes = tuple((len(question.fold.train), len(question.fold.test)) for question in questions)
     return CrossFitted(probabilities, baseline, by, (*names, ON_ALL), scored, sizes)
 

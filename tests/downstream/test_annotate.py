@@ -17,8 +17,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.preprocessing import StandardScaler
 
 from scfm_jax.corpus import Corpus, Source, build_corpus
-from scfm_jax.downstream.annotate import finetune, probe
+from scfm_jax.downstream.annotate import finetune, open_file, probe
 from scfm_jax.downstream.class_maps import ClassMap
+from scfm_jax.downstream.cross_fitting import LabelConfig
 from scfm_jax.downstream.embed import embed_file
 from scfm_jax.downstream.finetuned import FinetuneConfig
 from scfm_jax.downstream.folds import FoldsConfig, make_folds
@@ -254,6 +255,26 @@ def test_fine_tuning_in_all_folds_gives_the_model_of_all_labelled_cells(tissue, 
     assert np.abs(everyone[~without] - got[~without]).max() > 1e-3
 
 
+def test_a_donor_is_held_out_and_one_block_is_no_sample(tissue, model, tmp_path):
+    adata = tissue.copy()
+    adata.obs["donor"] = np.where(adata.obsm["spatial"][:, 0] < 8, "a", "b")
+    adata.write_h5ad(tmp_path / "donors.h5ad")
+    source = Source(str(tmp_path / "donors.h5ad"), section="donor", **READING)
+    split = FoldsConfig(by="column", column="donor", margin=0)
+    limits: dict[str, Any] = {"missing": MISSING, "min_cells": 5, "min_blocks": 1}
+    with open_file(source, {}, LabelConfig("cell_type", 2, split, **limits), "key") as cells:
+        donor = adata.obs["donor"].to_numpy()[cells.rows]
+        for fold, (held_out, others) in zip(cells.folds.folds, ("ab", "ba"), strict=True):
+            assert fold.name == held_out
+            assert set(donor[fold.test]) == {held_out} and set(donor[fold.train]) == {others}
+    one = FoldsConfig(by="slides", groups=("adata/a",), blocks=1, margin=0)
+    settings = {**SETTINGS, **limits, "split": one, "section": "donor"}
+    with pytest.raises(
+        InputError, match=r"adata: all cells to be scored lie in one block; raise split.blocks"
+    ):
+        finetune(adata, model, "cell_type", **settings)
+
+
 def renamed(adata: anndata.AnnData, kept: int) -> anndata.AnnData:
     adata.var_names = [name if n < kept else f"other{n}" for n, name in enumerate(adata.var_names)]
     return adata
@@ -276,7 +297,8 @@ MAP = ClassMap("map.toml [mine]", ("a", "b"), {"type0": "a", "typo": "b"})
         (None, {"min_blocks": 17}, "adata: label 'cell_type' has no class in 5 cells and 17 blocks"),
         (None, {"key_added": "cell_type"}, "adata: cannot keep predictions as obs"),
         (None, {"key_added": "a/b"}, "adata: cannot keep predictions as obs"),
-        (None, {"neighbours": 300}, "adata: cannot give 300 neighbours; give 0 to 256"),
+        (None, {"neighbours": 300}, "adata: neighbours is 300, out of range; give 0 to 256"),
+        (None, {"split": FoldsConfig(margin=300)}, "adata: split.margin is 300, out of range; give 0 to 256"),
         (None, {"class_map": MAP}, r"map.toml \[mine\]: maps 'typo', which the labels lack"),
         (None, {"split": FoldsConfig(by="slides")}, "adata: split.by slides finds one group"),
         (None, {"split": FoldsConfig(blocks=4, margin=64)}, "adata: margin 64 .* lower margin"),
