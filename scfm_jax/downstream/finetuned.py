@@ -196,9 +196,19 @@ class FineTuned:
         progress
             Called with the number of cells done and in all.
         """
+        return self.answer(self.embed(corpus, cells, progress=progress))
+
+    def embed(
+        self,
+        corpus: Corpus,
+        cells: Int64[np.ndarray, " m"],
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Float32[np.ndarray, "m d"]:
+        """What the head reads of cells: hidden states of the model as it was trained, pooled."""
         model = replace(self.model, parameters=self.merged())
         pooling = EmbeddingConfig(pooling=self.config.head.pooling)
-        return self.answer(embed_cells(model, corpus, cells, config=pooling, progress=progress))
+        return embed_cells(model, corpus, cells, config=pooling, progress=progress)
 
     def answer(
         self, features: Float32[np.ndarray, "m d"]

@@ -80,6 +80,18 @@ def composition_scores(
     }
 
 
+def imputation_scores(
+    truth: Num[np.ndarray, " m"],
+    predicted: Num[np.ndarray, " m"],
+    block: Int[np.ndarray, " m"],
+    weights: Float64[np.ndarray, "draws blocks"],
+) -> dict[str, Float64[np.ndarray, " draws"]]:
+    """Squared error over all masked genes alike, from each cell's number of them and sum of errors."""
+    errors, masked = (weights @ np.bincount(block, x.astype(np.float64)) for x in (predicted, truth))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {"squared_error": errors / masked}
+
+
 def spearman(
     truth: Num[np.ndarray, " m"],
     predicted: Num[np.ndarray, " m"],

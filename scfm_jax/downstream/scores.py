@@ -8,6 +8,8 @@ Kinds of task, and what `truth` and `predicted` are (rows are cells, of all fold
     ``float32[m]`` both.
 ``"composition"``
     ``float32[m, c]`` both, as probabilities are: rows that sum to 1.
+``"imputation"``
+    ``float32[m]`` both: how many genes were masked, and the sum of what was said of them, errors squared.
 """
 
 from __future__ import annotations
@@ -23,17 +25,23 @@ from scfm_jax.downstream.score_sums import (
     class_counts,
     class_scores,
     composition_scores,
+    imputation_scores,
     mean_over_true,
     spearman,
     value_scores,
 )
 from scfm_jax.errors import InputError
 
-Kind: TypeAlias = Literal["classes", "value", "composition"]
+Kind: TypeAlias = Literal["classes", "value", "composition", "imputation"]
 # One array, or one for each seed.
 Predictions: TypeAlias = Num[np.ndarray, "m ..."] | Sequence[Num[np.ndarray, "m ..."]]
 
-PRIMARY: dict[Kind, str] = {"classes": "macro_f1", "value": "mae", "composition": "jensen_shannon"}
+PRIMARY: dict[Kind, str] = {
+    "classes": "macro_f1",
+    "value": "mae",
+    "composition": "jensen_shannon",
+    "imputation": "squared_error",
+}
 HIGHER_IS_BETTER = {
     "accuracy": True,
     "macro_f1": True,
@@ -46,11 +54,13 @@ HIGHER_IS_BETTER = {
     "spearman": True,
     "r2": True,
     "jensen_shannon": False,
+    "squared_error": False,
 }
 _FORMULAS: dict[Kind, Callable[..., dict[str, np.ndarray]]] = {
     "classes": class_scores,
     "value": value_scores,
     "composition": composition_scores,
+    "imputation": imputation_scores,
 }
 
 
@@ -90,6 +100,8 @@ def score(
     For ``"composition"``: ``mae`` over all cells and classes alike; ``pearson`` over cells for each class,
     averaged over the classes whose truth varies; ``jensen_shannon``, the distance (the root of the
     divergence) with base 2, which is 0 to 1, averaged over cells.
+
+    For ``"imputation"``: ``squared_error``, over all masked genes of all cells alike.
 
     A constant prediction says nothing of the order: its correlation counts 0. Where the truth is constant,
     correlations and ``r2`` are NaN.
@@ -238,7 +250,7 @@ def _checked(kind: Kind, truth: np.ndarray, predicted: np.ndarray) -> tuple[np.n
         raise InputError("kind", f"{kind!r} is no kind of task", f"use one of {', '.join(PRIMARY)}")
     truth, predicted = np.asarray(truth), np.asarray(predicted)
     expected = truth.shape if kind != "classes" else truth.shape + predicted.shape[-1:]
-    if predicted.shape != expected or predicted.ndim != (1 if kind == "value" else 2):
+    if predicted.shape != expected or predicted.ndim != (2 if kind in ("classes", "composition") else 1):
         problem = f"of shape {predicted.shape} for truth of shape {truth.shape}"
         raise InputError("predicted", problem, f"give the same cells, with the columns that {kind} need")
     if not len(truth):

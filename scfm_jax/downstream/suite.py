@@ -25,7 +25,7 @@ from scfm_jax.errors import InputError
 
 RESULTS, TASKS, COPY = "results.jsonl", "tasks.json", "suite.toml"
 # What a line of progress says.
-MAIN_SCORES: dict[str, str] = {**PRIMARY, "mixing": "overall", "imputation": "skill"}
+MAIN_SCORES = {"mixing": "overall", **{str(kind): name for kind, name in PRIMARY.items()}}
 
 
 def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda line: None) -> Path:
@@ -79,23 +79,20 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
 
 def _ask(out: Path, data: FoldData, method: Method, models: Models, key: str) -> dict[str, Any]:
     """One method in one fold: its answer goes to a file, its scores into a row."""
-    task, cells = data.task, data.fold.test
+    task = data.task
     before = method.prepare(data)
     with Meter() as meter:
         answer = method.answer(data)
     cost = before.then(meter.cost)
+    cells = data.fold.test if answer.cells is None else answer.cells
     scores, file, history = answer.scores, None, None
     if answer.predicted is not None:
-        question = data.question
-        scores = score(question.kind, question.truth, answer.predicted, task.classes or None)
+        truth = data.question.truth if answer.truth is None else answer.truth
+        if scores is None:
+            scores = score(data.question.kind, truth, answer.predicted, task.classes or None)
         file = f"predictions/{key}.npz"
-        np.savez_compressed(
-            out / file,
-            cells=cells,
-            block=question.block[cells],
-            truth=question.truth,
-            predicted=answer.predicted,
-        )
+        block = task.folds.block[cells]
+        np.savez_compressed(out / file, cells=cells, block=block, truth=truth, predicted=answer.predicted)
     if answer.history:
         history = f"history/{key}.json"
         rows = [

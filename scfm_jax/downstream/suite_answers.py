@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from scfm_jax.downstream.cost import Cost
 from scfm_jax.downstream.suite_tasks import FoldData
@@ -22,9 +22,11 @@ class Answer:
     Attributes
     ----------
     predicted
-        See `scores`; None where `scores` are all there is.
+        See `scores`; None of ``mixing``, which has scores alone.
+    cells, truth
+        Of ``imputation``: the test cells that were drawn, and their numbers of masked genes.
     scores
-        Of ``mixing`` and ``imputation``; predictions are scored by whoever asked.
+        Of ``mixing`` and ``imputation``; other predictions are scored by whoever asked.
     stored_bytes
         Of what it learnt, where it keeps anything that is worth counting.
     history
@@ -32,6 +34,8 @@ class Answer:
     """
 
     predicted: Float32[np.ndarray, "m ..."] | None = None
+    cells: Int64[np.ndarray, " m"] | None = None
+    truth: Float32[np.ndarray, " m"] | None = None
     scores: Mapping[str, float] | None = None
     stored_bytes: int | None = None
     history: tuple[dict[str, float], ...] = ()

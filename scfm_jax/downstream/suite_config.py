@@ -44,8 +44,9 @@ class TaskConfig:
         Of ``mixing``: ``technology``, or a label column.
     missing, min_cells, min_blocks
         Names that count as no label, and the smallest class (`read_labels`).
-    class_map
-        A file of class maps with a side of each file's name; only classes that all files have are kept.
+    class_map, sides
+        A file of class maps, and its sides in the order of `files` (empty: those of the files' names); only
+        classes that all files have are kept.
     radius
         Of ``density`` and ``composition``, in `unit`.
     unit
@@ -75,6 +76,7 @@ class TaskConfig:
     min_cells: int = 50
     min_blocks: int = 5
     class_map: str = ""
+    sides: tuple[str, ...] = ()
     radius: float = 50.0
     unit: Literal["um", "file"] = "um"
     neighbours: tuple[int, ...] = (10,)
@@ -163,7 +165,10 @@ class MethodConfig:
     pooling
         Of the cell's tokens.
     beside_expression
-        Of a probe: read the components of expression too, the cell's own and their mean.
+        Of features: the components of expression too, the cell's own and their mean.
+    tuned
+        Of features of cells alone: the encoder is fine-tuned (`finetune`, k = 0) on the fold's training cells
+        first.
     seeds
         Of what is drawn; each gives a row.
     tasks, folds
@@ -178,6 +183,7 @@ class MethodConfig:
     attend: bool = False
     pooling: Literal["mean", "max"] = "mean"
     beside_expression: bool = False
+    tuned: bool = False
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[str, ...] = ()
     folds: tuple[int, ...] = ()
@@ -193,9 +199,10 @@ class MethodConfig:
     @property
     def of_one_answer(self) -> dict[str, Any]:
         """The settings that one answer depends on, beside model, k and seed."""
-        read = {"probe": ("attend", "pooling", "beside_expression"), "finetune": ("finetune",)}
-        read["neighbourhood"] = ("pooling", "beside_expression", "neighbourhood")
-        read["embedding"] = read["probe"]
+        tuned = ("tuned", "finetune") if self.tuned else ()
+        read = {"probe": ("attend", "pooling", "beside_expression", *tuned), "finetune": ("finetune",)}
+        read["neighbourhood"] = ("pooling", "beside_expression", "neighbourhood", *tuned)
+        read["embedding"] = ("attend", "pooling", "beside_expression")
         settings = asdict(self)
         return {name: settings[name] for name in ("way", *read.get(self.way, ()))}
 
@@ -274,14 +281,11 @@ def read_suite(path: str | Path) -> Suite:
         tables = content.get(section, {})
         return {name: from_dict(kind, table, f"{path} [{section}.{name}]") for name, table in tables.items()}
 
-    files = {
-        name: source_from_table(
-            f"{path} [files.{name}]",
-            path.parent,
-            {"name": name, **table, "path": os.path.expandvars(table.get("path", ""))},
-        )
-        for name, table in content["files"].items()
-    }
+    files = {}
+    for name, table in content["files"].items():
+        if isinstance(table.get("path"), str):
+            table["path"] = os.path.expandvars(table["path"])
+        files[name] = source_from_table(f"{path} [files.{name}]", path.parent, {"name": name, **table})
     genes = from_dict(Genes, content.get("genes", {}), f"{path} [genes]")
     suite = Suite(
         path, files, genes, of("tasks", TaskConfig), of("models", ModelConfig), of("methods", MethodConfig)
@@ -308,6 +312,12 @@ def _check_names(suite: Suite) -> None:
                 f"{suite.path} [tasks.{name}]",
                 f"has {len(task.files)} files and {len(task.labels)} labels for {task.kind}",
                 "give files, and one label for all of them or one for each",
+            )
+        if len(task.sides) not in (0, len(task.files)):
+            raise InputError(
+                f"{suite.path} [tasks.{name}]",
+                f"has {len(task.files)} files and {len(task.sides)} sides of a class map",
+                "give a side for each file, or none where they are named like the files",
             )
     for name, model in suite.models.items():
         check(f"models.{name}", model.tasks, suite.tasks)

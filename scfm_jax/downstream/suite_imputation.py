@@ -42,6 +42,7 @@ class _Masked:
     """A fold's cells behind the mask, as the task's models see them."""
 
     corpus: Corpus
+    cells: Int64[np.ndarray, " m"]
     test: MaskedExpression
     inputs: tuple[baselines.TrainingCells, baselines.MaskedCells]
     objective: ColumnMaskingConfig
@@ -61,12 +62,14 @@ class _Masked:
         test = self.test
         return metrics.squared_error(test.values, predicted, test.mask, test.counts > 0, self.rates)
 
-    def scores(self, predicted: Float32[np.ndarray, "m g"]) -> dict[str, float]:
-        """What `suite_results` holds of a row."""
+    def answer(self, predicted: Float32[np.ndarray, "m g"]) -> Answer:
+        """Scores of masked genes, and each cell's sums, which a bootstrap over blocks needs."""
         errors = self.errors(predicted)
-        scores = {f"squared_error_{part}": errors[part].mean for part in errors}
+        scores = {f"squared_error_{part}": of_part.mean for part, of_part in errors.items() if part != "all"}
         scores["gene_spearman"] = metrics.gene_spearman(self.test.values, predicted, self.test.mask).mean
-        return scores | {"skill": metrics.skill(errors, self.mean)["all"]}
+        scores["skill"] = metrics.skill(errors, self.mean)["all"]
+        total, masked = (part.astype(np.float32) for part in errors["all"])
+        return Answer(total, self.cells, masked, {"squared_error": errors["all"].mean, **scores})
 
 
 def imputation_baselines(models: Models, model: str) -> Iterator[Method]:
@@ -74,7 +77,7 @@ def imputation_baselines(models: Models, model: str) -> Iterator[Method]:
 
     def answer(predict: Callable[..., np.ndarray], data: FoldData) -> Answer:
         masked = _masked(models, data, model)
-        return Answer(scores=masked.scores(predict(*masked.inputs, masked.rates)))
+        return masked.answer(predict(*masked.inputs, masked.rates))
 
     def prepare(data: FoldData) -> Cost:
         _masked(models, data, model)
@@ -114,7 +117,7 @@ def imputation_answer(models: Models, data: FoldData, first: str, asked: Trained
     test = masked.test
     model = asked.with_neighbours(k)
     predicted, _, _ = predict_masked(model, masked.corpus, test.cells, test.panel, seed=_SEED_OF_TEST)
-    return Answer(scores=masked.scores(predicted))
+    return masked.answer(predicted)
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,7 +139,7 @@ def _masked(models: Models, data: FoldData, first: str) -> _Masked:
         )
     learnt = _drawn(learnt, task.config.train_cells)
     seen = masked_expression(corpus, number[learnt], objective, seed=_SEED_OF_TRAINING)
-    return _Masked(corpus, test, baseline_inputs(seen, task.folds.block[learnt], test), objective)
+    return _Masked(corpus, cells, test, baseline_inputs(seen, task.folds.block[learnt], test), objective)
 
 
 def _drawn(cells: Int64[np.ndarray, " n"], most: int) -> Int64[np.ndarray, " m"]:

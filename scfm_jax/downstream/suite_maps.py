@@ -53,7 +53,7 @@ class Painted(NamedTuple):
 def draw_maps(task: Task, tissue: Tissue, method: Method, pooled: Pooled, stem: str) -> list[list[Drawing]]:
     """Truth, prediction and error of each slide, three PNG files that begin with `stem`.
 
-    The slides with most tested cells come first, and no more than four are drawn.
+    The slides with most tested cells come first, and no more than four are drawn; none of dissociated cells.
 
     Raises
     ------
@@ -65,7 +65,8 @@ def draw_maps(task: Task, tissue: Tissue, method: Method, pooled: Pooled, stem: 
         where = task.folder / "tissue" / f"{task.name}.npz"
         problem = f"'xy' has {len(tissue.xy)} rows, and cell {beyond} is predicted"
         raise InputError(where, problem, "write the places of every cell of the task")
-    slides, tested = np.unique(tissue.slide[pooled.cells], return_counts=True)
+    placed = pooled.cells[np.isfinite(tissue.xy[pooled.cells]).all(1)]  # dissociated cells have no map
+    slides, tested = np.unique(tissue.slide[placed], return_counts=True)
     shown = slides[np.argsort(-tested, kind="stable")][:MOST_SLIDES]
     drawn = []
     for slide in shown.tolist():

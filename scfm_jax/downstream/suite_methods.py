@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
-from scfm_jax.downstream.cost import Cost
+from scfm_jax.corpus import Corpus
+from scfm_jax.downstream.cost import Cost, Meter
 from scfm_jax.downstream.expression import beside_neighbours
 from scfm_jax.downstream.finetune import finetune
+from scfm_jax.downstream.finetuned import FinetuneConfig, FineTuned
 from scfm_jax.downstream.linear import constant_answer, linear_answer
 from scfm_jax.downstream.neighbourhood import neighbourhood_answer
 from scfm_jax.downstream.suite_answers import Answer, Group, Method
@@ -85,6 +87,8 @@ class _Way:
         """Features of every cell, made of it alone or (`attend`) among its neighbours, and their cost."""
         if self.model == EXPRESSION:
             return data.expression, data.expression_cost
+        if self.config.tuned:
+            return _tuned_features(self.models, self.model, self.config.finetune, self.seed, data)
         attend = self.config.attend and self.config.way != "neighbourhood"
         features, cost = self.models.embedding(
             self.model,
@@ -125,9 +129,12 @@ def _neighbourhood(way: _Way, data: FoldData) -> Answer:
     return Answer(said, stored_bytes=4 * weights, history=tuple(history))
 
 
-def _finetune(way: _Way, data: FoldData) -> Answer:
+def _tuned(
+    models: Models, model: str, config: FinetuneConfig, seed: int, data: FoldData
+) -> tuple[FineTuned, Corpus, Int64[np.ndarray, " n"]]:
+    """A model trained on the fold, its corpus, and every cell's number there (-1: none)."""
     question = data.question
-    base = way.models.open(way.model, data.task.name, data.number, way.seed)
+    base = models.open(model, data.task.name, data.number, seed)
     corpus, number = data.task.cohort.seen_by(base)
     train = question.fold.train[number[question.fold.train] >= 0]
     tuned = finetune(
@@ -136,12 +143,32 @@ def _finetune(way: _Way, data: FoldData) -> Answer:
         number[train],
         question.target[train],
         question.block[train],
-        replace(way.config.finetune, neighbours=way.k),
+        config,
         kind=question.kind,
         n_classes=len(question.classes) or None,
         margin=question.margin,
-        seed=way.seed,
+        seed=seed,
     )
+    return tuned, corpus, number
+
+
+@functools.lru_cache(maxsize=4)
+def _tuned_features(
+    models: Models, model: str, config: FinetuneConfig, seed: int, data: FoldData
+) -> tuple[Float32[np.ndarray, "n d"], Cost]:
+    """Of every cell alone, which all values of k share; the mean where the model knows no gene of a cell."""
+    with Meter() as meter:
+        tuned, corpus, number = _tuned(models, model, replace(config, neighbours=0), seed, data)
+        there = np.flatnonzero(number >= 0)
+        known = tuned.embed(corpus, number[there])
+    features = np.tile(known.mean(0), (len(number), 1))
+    features[there] = known
+    return features, meter.cost
+
+
+def _finetune(way: _Way, data: FoldData) -> Answer:
+    question, config = data.question, replace(way.config.finetune, neighbours=way.k)
+    tuned, corpus, number = _tuned(way.models, way.model, config, way.seed, data)
     predicted = constant_answer(question)
     seen = number[question.fold.test] >= 0
     predicted[seen] = tuned.predict(corpus, number[question.fold.test[seen]])

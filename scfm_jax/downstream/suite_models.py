@@ -132,7 +132,7 @@ class Models:
         ).corpus
         config = self._suite.models[name]
         of_task = self._suite.tasks[(config.tasks or tuple(self._suite.tasks))[0]].split.groups
-        group = of_task[fold] if of_task else ""
+        group = of_task[fold] if fold < len(of_task) else ""
         flags = [self._filled(flag, fold).replace("{group}", group) for flag in how.flags]
         recipe = self._suite.resolve(how.recipe)
         run = override(load_recipe(recipe), ["--corpus", str(corpus.path), *flags], str(recipe))

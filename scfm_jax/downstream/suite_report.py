@@ -238,7 +238,7 @@ def _panels(
     first = [draw_curves(task, Path(f"{stem}_k.png")), draw_training(task, Path(f"{stem}_training.png"))]
     panels = [[drawing for drawing in first if drawing]]
     tissue = task.tissue()
-    if comparison:
+    if comparison and task.kind != "imputation":  # whose predictions are of genes
         draw = draw_confusion if task.kind == "classes" else draw_predicted
         shown = {"model": model, "baseline": comparison.best_baseline}
         panels.append(

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int, Num
 from scfm_jax.downstream.scores import HIGHER_IS_BETTER, PRIMARY
 from scfm_jax.errors import InputError
 
-# Of the kinds whose predictions of cells are scored; the others have scores alone.
+# Of the kinds whose predictions of cells are scored; mixing has scores of embeddings alone.
 _PRIMARY = {str(kind): name for kind, name in PRIMARY.items()}
-KINDS = (*_PRIMARY, "mixing", "imputation")
+KINDS = (*_PRIMARY, "mixing")
 GROUPS = ("baseline", "control", "model")
 _NUMBER = (int, float)
 _ROW_FIELDS: dict[str, tuple[type, ...]] = {
@@ -237,7 +237,7 @@ class Task:
         if name not in self._cache:
             path = self.folder / name
             held = read_arrays(path, Predicted._fields)
-            width = (len(self.classes),) if self.kind != "value" else ()
+            width = (len(self.classes),) if self.kind in ("classes", "composition") else ()
             shape = held["predicted"].shape
             if shape != (len(held["cells"]), *width):
                 wanted = ", ".join(map(str, (len(held["cells"]), *width)))

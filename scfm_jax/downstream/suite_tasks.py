@@ -235,7 +235,8 @@ def _labels(suite: Suite, name: str, cohort: Cohort, folds: Folds) -> Labels:
     columns = config.labels * (len(config.files) // len(config.labels))
     maps: list[ClassMap | None] = [None] * len(columns)
     if config.class_map:
-        read = [read_class_map(suite.resolve(config.class_map), file) for file in config.files]
+        path = suite.resolve(config.class_map)
+        read = [read_class_map(path, side) for side in config.sides or config.files]
         maps = [*read]
     parts = []
     for file, column, class_map in zip(config.files, columns, maps, strict=True):

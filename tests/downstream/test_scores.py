@@ -10,6 +10,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 
+from scfm_jax.downstream.metrics import CellSums, paired_bootstrap
 from scfm_jax.downstream.scores import (
     HIGHER_IS_BETTER,
     PRIMARY,
@@ -209,6 +210,17 @@ def test_certainty_that_is_wrong_costs_a_finite_loss():
     got = score("classes", truth, certain)
     assert got["log_loss"] == pytest.approx(-np.log(np.finfo(np.float32).eps) / 3)
     assert got["ece"] == pytest.approx(1 / 3)
+
+
+def test_sums_of_masked_genes_are_pooled_in_every_draw():
+    rng = np.random.default_rng(0)
+    masked, block = rng.integers(0, 9, 300).astype(np.float32), np.arange(300) // 12
+    a, b = (np.float32(masked * rng.gamma(2.0, size=300) * worse) for worse in (1.0, 1.3))
+    assert score("imputation", masked, a) == {"squared_error": pytest.approx(a.sum() / masked.sum())}
+    found = paired_difference("imputation", masked, a, b, block)
+    sums = [CellSums(total.astype(float), masked.astype(float)) for total in (a, b)]
+    expected = paired_bootstrap(*sums, block)
+    assert found == pytest.approx(expected[3:]) and found.high < 0
 
 
 def test_bad_input_is_told(tissue):

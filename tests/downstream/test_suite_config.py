@@ -43,8 +43,11 @@ finetune = { way = "lora", epochs = 3 }
 """
 
 
-def test_what_is_read(tmp_path: Path) -> None:
+def test_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "suite.toml"
+    path.write_text(SUITE.replace('"data/', '"$SOMEWHERE/'))
+    monkeypatch.setenv("SOMEWHERE", "/far")
+    assert read_suite(path).files["brain"].path == "/far/brain.h5ad"
     path.write_text(SUITE)
     suite = read_suite(path)
     assert suite.files["brain"].path == str(tmp_path / "data/brain.h5ad")
@@ -68,10 +71,11 @@ FINETUNE = 'way = "finetune"\nof = ["tissue", "untrained"]'
         ("[genes]", "[genes", r"suite.toml: cannot be read as TOML"),
         ("[genes]", "[gene]", r"has no section 'gene'; there are files, genes, tasks"),
         ("files.brain]", "files]", r"files.path is no table; write \[files.path\]"),
-        ("[models.tissue]", "models = 3\n[tasks.more]", r"models is no table; write \[models.NAME\]"),
         ("tasks.region]", "methods.other]", r"names no tasks; add a table \[tasks.NAME\]"),
         ("[genes]", "[models]\nother = 3\n[genes]", r"models.other is no table"),
         ("tasks.region]", 'tasks."a/b"]', r"tasks.'a/b' cannot be a file's name"),
+        ('path = "data/brain.h5ad"', "", r"\[files.brain\]: field 'path' is missing"),
+        ('path = "data/brain.h5ad"', "path = 3", r"\[files.brain\]: field 'path' is 3"),
         ("species", "specie", r"\[files.brain\]: unknown field 'specie'"),
         ("gene_names", "gene_name", r"\[genes\]: has no field 'gene_name'"),
         ("folds = [1]", "fold = [1]", r"\[tasks.region\]: has no field 'fold'"),
@@ -125,3 +129,6 @@ def test_bad_suites(tmp_path: Path, old: str, new: str, problem: str | None) -> 
 def test_no_suite(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as TOML"):
         read_suite(tmp_path / "none.toml")
+    (tmp_path / "suite.toml").write_text("files = 3")
+    with pytest.raises(InputError, match=r"files is no table; write \[files.NAME\]"):
+        read_suite(tmp_path / "suite.toml")
