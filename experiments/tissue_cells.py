@@ -1,6 +1,6 @@
-"""A tissue model of cells alone (k = 0) that two CPU cores pretrain in minutes, for studies of downstream tasks.
+"""A tissue model of cells alone (k = 0) that two CPU cores pretrain in minutes, for downstream studies.
 
-The encoder of `tissue_real`, and under it the least decoder that does: what is used downstream is the encoder.
+The encoder of `tissue_real` over the least decoder that does: what is used downstream is the encoder.
 Spatial files that are small get more than their share of the samples, as each is to be judged by itself.
 """
 

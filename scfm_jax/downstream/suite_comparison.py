@@ -44,6 +44,8 @@ class Comparison:
     gains
         Over the best baseline at the method's k or without k, on the folds that the method has; None for that
         baseline itself.
+    gains_at_k
+        Over the best baseline with the same number of neighbours; None without such a one, and for itself.
     best, best_model
         By pooled score, among methods that are complete, do not leak and are not transductive, where there
         are any. None where there is no method of the kind.
@@ -58,6 +60,7 @@ class Comparison:
     task: Task
     pooled: list[Interval]
     gains: list[Gain | None]
+    gains_at_k: list[Gain | None]
     best: Method | None
     best_baseline: Method | None
     best_model: Method | None
@@ -113,6 +116,10 @@ def compare(task: Task) -> Comparison:
 
     baselines, models = ([m for m in task.methods if m.group == group] for group in ("baseline", "model"))
     gains = [gain(method, best_baseline(method, (None, 0, method.k))) for method in task.methods]
+    gains_at_k = [
+        gain(method, best_baseline(method, (method.k,))) if method.k is not None else None
+        for method in task.methods
+    ]
     model = foremost(models)
     overall = best_baseline(model, {m.k for m in baselines}) if model else foremost(baselines)
     if 2 <= n_blocks < FEW_BLOCKS:
@@ -122,6 +129,7 @@ def compare(task: Task) -> Comparison:
         task,
         [_interval(task, of_method) for of_method in pooled],
         gains,
+        gains_at_k,
         foremost(task.methods),
         overall,
         model,

@@ -84,7 +84,7 @@ class TaskConfig:
     coordinates: bool = False
     test_cells: int = 1024
     train_cells: int = 4096
-    choosing_margin: int = 256
+    choosing_margin: int = 64
     folds: tuple[int, ...] = ()
     split: FoldsConfig = field(default_factory=FoldsConfig)
 

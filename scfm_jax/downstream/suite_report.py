@@ -209,10 +209,11 @@ def _main_table(task: Task, comparison: Comparison) -> Table:
     found = {name: [of(method) for method in task.methods] for name, of in columns.items()}
     found = {name: cells for name, cells in found.items() if set(cells) != {"–"}}
     score = score_label(task.primary or "")
-    header = ["method", "k", f"{score}, mean ± SD", "pooled [95%]", "gain [95%]", *found, "gain is over"]
+    header = ["method", "k", f"{score}, mean ± SD", "pooled [95%]", "gain at k [95%]", "gain [95%]", *found]
+    header.append("gain is over")
     rows = []
-    for method, pooled, gain, *rest in zip(
-        task.methods, comparison.pooled, comparison.gains, *found.values()
+    for method, pooled, at_k, gain, *rest in zip(
+        task.methods, comparison.pooled, comparison.gains_at_k, comparison.gains, *found.values()
     ):
         best = method is comparison.best
         rows.append(
@@ -221,13 +222,17 @@ def _main_table(task: Task, comparison: Comparison) -> Table:
                 _k(method),
                 _spread(method.over_folds(task.primary or "")),
                 Cell(_interval(pooled), best),
+                _interval(at_k.interval, sign=True) if at_k else "–",
                 _interval(gain.interval, sign=True) if gain else "–",
                 *rest,
                 gain.against.label if gain else "it is the best baseline",
             ]
         )
     better = "higher" if task.higher_is_better else "lower"
-    caption = f"{score} ({better} is better), gain over the best baseline at the same k or without k"
+    caption = (
+        f"{score} ({better} is better); gain over the baseline at the same k, and over the best "
+        "at that k, at 0 or without k"
+    )
     return Table(caption, header, rows)
 
 

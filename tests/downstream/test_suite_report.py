@@ -74,7 +74,8 @@ def whole(tmp_path_factory):
 def test_table_says_what_scikit_learn_says_of_the_predictions(whole):
     suite, page = whole
     table = page.tables[0]
-    assert table[0][:5] == ["method", "k", "macro-F1, mean ± SD", "pooled [95%]", "gain [95%]"]
+    of_scores = ["macro-F1, mean ± SD", "pooled [95%]", "gain at k [95%]", "gain [95%]"]
+    assert table[0][:6] == ["method", "k", *of_scores]
     assert [row[:2] for row in table[1:]] == [
         ["majority", "–"],
         ["own expression", "0"],
@@ -103,15 +104,22 @@ def test_table_says_what_scikit_learn_says_of_the_predictions(whole):
             for f in FOLDS
         ]
         assert numbers(row[2]) == pytest.approx([np.mean(of_fold), np.std(of_fold, ddof=1)], abs=6e-4)
+    at_k = {0: "own expression", 8: "own + mean of 8", 16: "own + mean of 16"}
+    for (method, _, k, _), row in zip(METHODS, table[1:]):
+        if k is None or method == at_k[k]:
+            assert row[4] == "–"
+        else:
+            expected = pooled[method, k] - pooled[at_k[k], k]
+            assert numbers(row[4])[0] == pytest.approx(expected, abs=1.1e-3)
     # The best baseline has no k, so that every method is held against it.
     best = pooled["own + means of 10, 64, 256", None]
     for (method, _, k, _), row in zip(METHODS, table[1:]):
         if method == "own + means of 10, 64, 256":
-            assert (row[4], row[-1]) == ("–", "it is the best baseline")
+            assert (row[5], row[-1]) == ("–", "it is the best baseline")
         else:
-            assert numbers(row[4])[0] == pytest.approx(pooled[method, k] - best, abs=1.1e-3)
+            assert numbers(row[5])[0] == pytest.approx(pooled[method, k] - best, abs=1.1e-3)
             assert row[-1] == "own + means of 10, 64, 256"
-    assert table[-1][5:9] == [table[-1][5], "35", "512", "0.858"]
+    assert table[-1][6:10] == [table[-1][6], "35", "512", "0.858"]
     assert page.marks == ["transductive"] * 2  # in both tables of the task
     assert {"LoRA", table[-1][3]} <= set(page.bold)
 
@@ -128,7 +136,7 @@ def test_an_error_that_falls_is_a_gain_and_baselines_are_those_of_the_same_k_or_
     for k, baseline in ((0, "own expression"), (8, "own + mean of 8"), (16, "own + mean of 16")):
         row = rows["LoRA", str(k)]
         assert row[-1] == (baseline if k else "own expression, k = 0")
-        gain, low, high = numbers(row[4])
+        gain, low, high = numbers(row[5])
         truth, predicted = predictions(suite, task="composition", method=baseline, k=k)
         wanted = jensenshannon(truth, predicted, base=2, axis=1).mean() - mean("LoRA", k)
         assert gain == pytest.approx(wanted, abs=6e-4)
