@@ -24,7 +24,7 @@ from scfm_jax.downstream.perturb import (
     perturb_neighbours,
     perturbation_table,
 )
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 
 CELLS = np.arange(160, 200)
 WIDTH = 80
@@ -170,7 +170,8 @@ def test_the_difference_is_that_of_samples_made_by_hand(found, model, corpus, de
 
 def test_the_table_is_the_mean_over_cells_that_something_changed_around(found, corpus):
     block = np.arange(len(CELLS)) // 4
-    table = perturbation_table(found, corpus, block).set_index("gene")
+    with pytest.warns(DataWarning, match="its intervals are too narrow"):
+        table = perturbation_table(found, corpus, block).set_index("gene")
     there = found.changed > 0
     means = pd.DataFrame(found.delta[there], columns=[name(corpus, gene) for gene in found.genes])
     np.testing.assert_allclose(table["delta"], means.astype(float).mean()[table.index], rtol=1e-5)
