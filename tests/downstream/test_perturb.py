@@ -170,14 +170,15 @@ def test_the_difference_is_that_of_samples_made_by_hand(found, model, corpus, de
 
 def test_the_table_is_the_mean_over_cells_that_something_changed_around(found, corpus):
     block = np.arange(len(CELLS)) // 4
-    with pytest.warns(DataWarning, match="its intervals are too narrow"):
-        table = perturbation_table(found, corpus, block).set_index("gene")
+    table = perturbation_table(found, corpus, block).set_index("gene")
     there = found.changed > 0
     means = pd.DataFrame(found.delta[there], columns=[name(corpus, gene) for gene in found.genes])
     np.testing.assert_allclose(table["delta"], means.astype(float).mean()[table.index], rtol=1e-5)
     assert (table["cells"] == there.sum()).all()
     assert table["delta"].abs().is_monotonic_decreasing
     assert ((table["low"] <= table["delta"]) & (table["delta"] <= table["high"])).all()
+    with pytest.warns(DataWarning, match="over 5 blocks: its intervals are too narrow"):
+        perturbation_table(found, corpus, block // 2)
 
 
 def test_the_interval_has_the_width_of_a_mean_over_blocks(corpus):
