@@ -130,7 +130,9 @@ class _Way:
 
 
 def _probe(way: _Way, data: FoldData) -> Answer:
-    return Answer(linear_answer(way.features(data), data.question, seed=way.seed)[0])
+    features, outputs = way.features(data), len(data.question.classes) or 1
+    said = linear_answer(features, data.question, seed=way.seed)[0]
+    return Answer(said, stored_bytes=4 * outputs * (features.shape[1] + 1))
 
 
 def _neighbourhood(way: _Way, data: FoldData) -> Answer:

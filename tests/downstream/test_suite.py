@@ -127,7 +127,7 @@ finetune = { epochs = 1, way = "head" }
     assert names(rows) == expected and len(rows) == len(expected)
     assert sum("macro_f1" in line for line in said) == len(rows)
     (task,) = read_results(out)
-    tissue = task.tissue()
+    tissue, width = task.tissue(), read_run(tmp_path / "tiny")[0].model.encoder.width
     assert tissue.xy.shape == (320, 2) and task.split == "one of slides held out at a time"
     for row in rows:
         held = np.load(out / row["predictions"])
@@ -145,6 +145,8 @@ finetune = { epochs = 1, way = "head" }
             history = json.loads((out / row["history"]).read_text())
             assert [epoch["epoch"] for epoch in history] == list(range(1, len(history) + 1))
             assert row["stored_bytes"] > 0
+        if row["method"].startswith("probe"):  # a float32 weight a class and feature, and a bias
+            assert row["stored_bytes"] == 4 * len(task.classes) * (width + 1)
     seeds = [row["scores"] for row in rows if row["method"] == "head of tiny"]
     assert seeds[0] != seeds[1]
     text = page.read_text()
