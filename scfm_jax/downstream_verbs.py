@@ -44,7 +44,8 @@ def probe(
         The new h5ad file: predictions in obs, probabilities in obsm, scores in uns.
     way
         probe: logistic regression on the embedding of a cell among its neighbours. mean: on that of the cell
-        alone, beside the mean of its neighbours'. neighbourhood: a small network over the same.
+        alone, beside the mean of its neighbours'. neighbourhood: a small network over the embedding of the
+        cell alone and those of its neighbours.
     key_added
         Key in obs and uns; LABEL_WAY if not given.
     checkpoint

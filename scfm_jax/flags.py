@@ -13,6 +13,7 @@ from scfm_jax.errors import InputError
 
 _LARGE = 1 << 28
 Labels = Annotated[str, arg(metavar="COLUMN,...")]
+Values = Annotated[str, arg(metavar="VALUE,...")]
 
 
 @dataclasses.dataclass
@@ -128,7 +129,8 @@ class Split:
     """Spatial blocks with a margin, whole slides, values of a column (a donor), or cells at random: a random
     split leaks."""
     groups: tuple[str, ...] = ()
-    """With slides: patterns, one fold each (*/animal1.*); with column: values. All if not given."""
+    """With slides: patterns on their names, one fold each (*/animal1.*); with column: its values. All if not
+    given."""
     column: str = ""
     """The obs column of split.by column, one value in each slide."""
     blocks: int = 8
@@ -158,7 +160,7 @@ class Labelling:
 
     label: str
     """The obs column to predict."""
-    missing: Labels = "nan,None,NA"
+    missing: Values = "nan,None,NA"
     """Values that count as no label, beside a real NaN; add Ambiguous where a file has it."""
     min_cells: int = 50
     """A class in fewer cells is left out, and listed."""
@@ -226,8 +228,8 @@ class Tuning:
         from scfm_jax.models.heads import HeadConfig
         from scfm_jax.models.lora import LoraConfig
 
-        given = vars(self) | {"head": HeadConfig(self.head), "lora": LoraConfig(**vars(self.lora))}
         try:
+            given = vars(self) | {"head": HeadConfig(self.head), "lora": LoraConfig(**vars(self.lora))}
             return FinetuneConfig(**given)
         except ValueError as error:
             raise InputError("finetune", str(error), "choose another value") from error

@@ -201,6 +201,7 @@ def test_the_suite_of_the_docs_can_be_read(tmp_path):
         (["finetune", "{run}", "{slide}", "{new}", "--merged", "{run}"], "exists already"),
         (["finetune", "{run}", "{slide}", "{new}", "--fold", "2"], "slide1.h5ad: has no fold 2"),
         (["finetune", "{run}", "{slide}", "{new}", "--epochs", "0"], "epochs is 0"),
+        (["finetune", "{run}", "{slide}", "{new}", "--lora.rank", "0"], "rank is 0"),
         (["finetune", "{run}", "{slide}", "{new}", "--base-rate", "1e30"], "the loss of epoch"),
         (["evaluate", "{new}.toml", "{new}"], "cannot be read as TOML"),
         (["evaluate", "{suite}", "{given}"], "is the suite's own folder"),

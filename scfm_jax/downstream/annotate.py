@@ -95,7 +95,8 @@ def probe(
     way
         ``probe``: logistic regression on the embedding, made of a cell among its neighbours. ``mean``: on the
         embedding of the cell alone, beside the mean of its neighbours'. ``neighbourhood``: a small network
-        over the same (`scfm_jax.downstream.neighbourhood`).
+        over the embedding of the cell alone and those of its neighbours
+        (`scfm_jax.downstream.neighbourhood`).
     neighbours
         k, of the model and of the baseline; the model's own number if not given.
     split

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -124,7 +124,8 @@ def make_folds(corpus: Corpus, config: FoldsConfig) -> Folds:
         seed=config.seed,
     )
     if config.by in ("blocks", "random"):
-        first = split_cells(corpus, blocks)
+        # No margin lies around random cells, and none can leave too few to learn from.
+        first = split_cells(corpus, replace(blocks, margin=0) if config.by == "random" else blocks)
         if config.by == "random":
             draws = KFold(config.n_folds, shuffle=True, random_state=config.seed).split(
                 np.arange(corpus.n_cells)

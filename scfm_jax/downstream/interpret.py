@@ -276,7 +276,7 @@ def explain_attention(
     with corpus_of(adata, model, **source) as corpus:
         labels = None
         if label is not None:
-            of_rows = read_labels(adata, label, missing=missing)
+            of_rows = read_labels(adata, label, missing=missing, where="adata")
             labels = replace(of_rows, codes=of_rows.codes[corpus.column("source_row")])
         found = centre_attention(model, corpus, np.arange(corpus.n_cells), labels=labels, progress=progress)
         for name, table in attention_tables(found, labels=labels, layer=layer).items():

@@ -19,6 +19,7 @@ from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import parameters_hash
 from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.training.run import Weights, restore_weights
 
 
@@ -32,8 +33,9 @@ class TrainedModel(Weights):
 
     @property
     def coordinates(self) -> bool:
-        model, _, _ = self.config.tissue()
-        return model.positions == "coordinates"
+        """Whether it reads how far its neighbours lie, and not only which they are."""
+        model = self.config.model
+        return isinstance(model, TissueConfig) and model.positions == "coordinates"
 
     @property
     def width(self) -> int:

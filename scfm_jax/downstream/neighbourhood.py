@@ -57,6 +57,9 @@ class NeighbourhoodConfig:
     def __post_init__(self) -> None:
         check_least(self, 0, "neighbours", "dropout", "weight_decay", "label_smoothing")
         check_least(self, 1, "width", "epochs", "batch_size")
+        for name in ("dropout", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, not below 1")
 
 
 def neighbourhood_answer(

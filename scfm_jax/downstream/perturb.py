@@ -30,6 +30,7 @@ from scfm_jax.data.batch import TissueBatch
 from scfm_jax.downstream.embed import embed_batch
 from scfm_jax.downstream.in_memory import corpus_of
 from scfm_jax.downstream.interpret import gene_name
+from scfm_jax.downstream.metrics import block_draws
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.errors import InputError
 from scfm_jax.objectives.column_masking import predict_from, visible_tokens
@@ -276,6 +277,11 @@ def perturbation_table(
     ------
     InputError
         Nothing changed around any centre, or all that changed lies in one block.
+
+    Warns
+    -----
+    DataWarning
+        Below 10 blocks with changes, where intervals are too narrow.
     """
     there = found.changed > 0
     if not there.any():
@@ -289,7 +295,7 @@ def perturbation_table(
     real = ~np.isnan(delta)
     within = (np.arange(len(names))[:, None] == code).astype(np.float64)
     sums, counts = within @ np.where(real, delta, 0), within @ real
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), n_draws)
+    draws = block_draws(len(names), n_draws, seed)
     with np.errstate(invalid="ignore"):  # a draw of blocks that did not measure the gene
         low, high = np.nanquantile((draws @ sums) / (draws @ counts), [0.025, 0.975], axis=0)
     table = pd.DataFrame(
@@ -341,6 +347,11 @@ def perturb(
     ------
     InputError
         As `perturb_neighbours` and `perturbation_table`, or cells that cannot be read.
+
+    Warns
+    -----
+    DataWarning
+        As `perturbation_table`.
     """
     with corpus_of(adata, model, **source) as corpus:
         cells = np.arange(corpus.n_cells)

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,34 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
     models, facts, wanted = Models(suite, out, report), [], set()
     done = _read_rows(out)
     for name in suite.tasks:
-        task = make_task(suite, name, out / "corpora")
-        facts.append(task.facts)
-        _write_tissue(out, task)
-        (out / TASKS).write_text(json.dumps(facts, indent=2) + "\n")
-        for data in task.in_folds():
-            for method in methods_of(suite, task, data.number, models):
-                key = _key(suite, data, method)
-                wanted.add(key)
-                if key not in done:
-                    done[key] = _ask(out, data, method, models, key)
-                    _write_rows(out, done)
-                    report(_said(data, method, done[key]))
+        with _named(suite, name):
+            task = make_task(suite, name, out / "corpora")
+            facts.append(task.facts)
+            _write_tissue(out, task)
+            (out / TASKS).write_text(json.dumps(facts, indent=2) + "\n")
+            for data in task.in_folds():
+                for method in methods_of(suite, task, data.number, models):
+                    key = _key(suite, data, method)
+                    wanted.add(key)
+                    if key not in done:
+                        done[key] = _ask(out, data, method, models, key)
+                        _write_rows(out, done)
+                        report(_said(data, method, done[key]))
     # Rows of an older suite would stand in the tables beside those that this one asked for.
     _write_rows(out, {key: row for key, row in done.items() if key in wanted})
     return write_suite_report(out)
+
+
+@contextmanager
+def _named(suite: Suite, task: str) -> Iterator[None]:
+    """Errors that name a fold, a setting or another file alone name the task too."""
+    try:
+        yield
+    except InputError as error:
+        if error.where.startswith(str(suite.path)):
+            raise
+        where = f"{suite.path} [tasks.{task}], {error.where}"
+        raise InputError(where, error.problem, error.mend) from error
 
 
 def _ask(out: Path, data: FoldData, method: Method, models: Models, key: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def predicting_baselines(task: Task) -> Iterator[Method]:
     for name, k, sizes in _expressions(task):
         linear = baseline(name, k, functools.partial(_linear, sizes))
         yield replace(linear, prepare=lambda data: data.expression_cost)
+    if task.kind == "value":
+        yield baseline("training mean", None, _mean)
     if task.config.coordinates:
         yield baseline("coordinates alone", None, lambda data: coordinates_answer(task.cohort, data.question))
     if task.config.kind == "density":
@@ -66,6 +68,10 @@ def _expressions(task: Task) -> Iterator[tuple[str, int | None, tuple[int, ...]]
 
 def _linear(sizes: Sequence[int], data: FoldData) -> np.ndarray:
     return linear_answer(beside_neighbours(data.expression, data.task.near, sizes), data.question)[0]
+
+
+def _mean(data: FoldData) -> np.ndarray:
+    return np.full(len(data.fold.test), data.question.to_learn.mean(), np.float32)
 
 
 def _by_distance(k: int, data: FoldData) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 
 from scfm_jax.downstream.metrics import FEW_BLOCKS
 from scfm_jax.downstream.scores import Interval, Kind, interval, paired_difference, score
-from scfm_jax.downstream.suite_results import Method, Pooled, Task
+from scfm_jax.downstream.suite_results import GROUPS, Method, Pooled, Task
 from scfm_jax.errors import DataWarning
 
 
@@ -53,6 +53,8 @@ class Comparison:
         At any k, on the folds that the best model has.
     verdict
         The gain of the best model over the best baseline.
+    over_control
+        Its gain over the best control, at any k: how much of what it has is what was learnt in pretraining.
     n_blocks
         The fewest spatial blocks that a pooled score is of.
     """
@@ -65,6 +67,7 @@ class Comparison:
     best_baseline: Method | None
     best_model: Method | None
     verdict: Gain | None
+    over_control: Gain | None
     n_blocks: int
 
 
@@ -102,10 +105,10 @@ def compare(task: Task) -> Comparison:
         clean, honest = [m for m in methods if m.clean], [m for m in methods if not m.leaking]
         return best(clean) or best(honest) or best(methods)
 
-    def best_baseline(of: Method, ks: Iterable[int | None]) -> Method | None:
+    def best_rival(of: Method, ks: Iterable[int | None], among: Sequence[Method]) -> Method | None:
         """On the folds that the method has; one that leaks is no measure for a method that does not."""
         folds = set(of.pooled_folds)
-        found = [m for m in baselines if m.k in ks and folds & set(m.pooled_folds)]
+        found = [m for m in among if m.k in ks and folds & set(m.pooled_folds)]
         found = [m for m in found if m.leaking == of.leaking] or (found if of.leaking else [])
         return best([m for m in found if folds <= set(m.pooled_folds)] or found, of.pooled_folds)
 
@@ -114,14 +117,15 @@ def compare(task: Task) -> Comparison:
             return None
         return Gain(_difference(task, method, against), against)
 
-    baselines, models = ([m for m in task.methods if m.group == group] for group in ("baseline", "model"))
-    gains = [gain(method, best_baseline(method, (None, 0, method.k))) for method in task.methods]
+    baselines, controls, models = ([m for m in task.methods if m.group == group] for group in GROUPS)
+    gains = [gain(method, best_rival(method, (None, 0, method.k), baselines)) for method in task.methods]
     gains_at_k = [
-        gain(method, best_baseline(method, (method.k,))) if method.k is not None else None
+        gain(method, best_rival(method, (method.k,), baselines)) if method.k is not None else None
         for method in task.methods
     ]
     model = foremost(models)
-    overall = best_baseline(model, {m.k for m in baselines}) if model else foremost(baselines)
+    every_k = {m.k for m in task.methods}
+    overall = best_rival(model, every_k, baselines) if model else foremost(baselines)
     if 2 <= n_blocks < FEW_BLOCKS:
         text = f"task {task.name!r}: {n_blocks} blocks of tissue, its intervals are too narrow"
         warnings.warn(text, DataWarning, stacklevel=2)
@@ -134,6 +138,7 @@ def compare(task: Task) -> Comparison:
         overall,
         model,
         gain(model, overall) if model else None,
+        gain(model, best_rival(model, every_k, controls)) if model else None,
         n_blocks,
     )
 

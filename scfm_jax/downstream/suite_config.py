@@ -91,9 +91,13 @@ class TaskConfig:
     def __post_init__(self) -> None:
         check_least(self, 1, "test_cells", "train_cells")
         check_least(self, 0, "choosing_margin", "min_cells", "min_blocks")
-        for k in (*self.neighbours, *self.means, self.choosing_margin):
-            if not 0 <= k <= STORED_NEIGHBOURS:
-                raise ValueError(f"{k} neighbours are asked for, and 0 to {STORED_NEIGHBOURS} are stored")
+        _check_stored(*self.neighbours, *self.means, self.choosing_margin)
+
+
+def _check_stored(*neighbours: int) -> None:
+    for k in neighbours:
+        if not 0 <= k <= STORED_NEIGHBOURS:
+            raise ValueError(f"{k} neighbours are asked for, and 0 to {STORED_NEIGHBOURS} are stored")
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,18 @@ class MethodConfig:
     folds: tuple[int, ...] = ()
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
+
+    def __post_init__(self) -> None:
+        _check_stored(*self.neighbours)
+        if not self.seeds:
+            raise ValueError("seeds is empty, so that nothing would be asked")
+        # A table would say what the answer does not do.
+        if self.attend and (self.way == "neighbourhood" or self.tuned):
+            raise ValueError("attend is set where cells are embedded alone (way neighbourhood, tuned)")
+        if self.tuned and self.way not in ("probe", "neighbourhood"):
+            raise ValueError(f"tuned is of ways probe and neighbourhood, not of {self.way}")
+        if EXPRESSION in self.of and (self.attend or self.tuned):
+            raise ValueError("of names expression, which can neither attend nor be tuned")
 
     def fits(self, task: TaskConfig) -> bool:
         """Whether its way answers what the task asks."""

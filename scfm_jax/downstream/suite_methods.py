@@ -77,11 +77,24 @@ class _Way:
 
     def prepare(self, data: FoldData) -> Cost:
         """Pretrain, open and embed, where it is not done."""
+        self._check_density(data)
         if self.config.way in ("finetune", "imputation"):
             self.models.open(self.model, data.task.name, data.number, self.seed)
             return Cost()
         cost = self.alone(data)[1]
         return cost.then(data.expression_cost) if self.config.beside_expression else cost
+
+    def _check_density(self, data: FoldData) -> None:
+        """Distances to neighbours are density itself: of such a task no model may read them."""
+        attends = self.k and (self.config.attend or self.config.way == "finetune")
+        if data.task.config.kind != "density" or not attends:
+            return
+        if self.models.open(self.model, data.task.name, data.number, self.seed).coordinates:
+            raise InputError(
+                f"task {data.task.name}",
+                f"{self.model} reads the coordinates of its {self.k} neighbours, which are the answer",
+                "ask it with neighbours = [0] or without attend, or use a model of ranks",
+            )
 
     def alone(self, data: FoldData) -> tuple[Float32[np.ndarray, "n d"], Cost]:
         """Features of every cell, made of it alone or (`attend`) among its neighbours, and their cost."""
@@ -117,7 +130,9 @@ class _Way:
 
 
 def _probe(way: _Way, data: FoldData) -> Answer:
-    return Answer(linear_answer(way.features(data), data.question, seed=way.seed)[0])
+    features, outputs = way.features(data), len(data.question.classes) or 1
+    said = linear_answer(features, data.question, seed=way.seed)[0]
+    return Answer(said, stored_bytes=4 * outputs * (features.shape[1] + 1))
 
 
 def _neighbourhood(way: _Way, data: FoldData) -> Answer:

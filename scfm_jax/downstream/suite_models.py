@@ -101,13 +101,22 @@ class Models:
             return stored["embedding"], Cost(seconds, None if np.isnan(mib) else mib)
 
     def _has_learnt(self, name: str, fold: int, task: Task, test: Int64[np.ndarray, " m"]) -> bool:
-        config, _ = read_run(self._folder(name, fold))
-        try:
-            corpus = Corpus.open(config.corpus)
-        except InputError:
-            return not self._suite.models[name].unseen
-        learnt = split_cells(corpus, config.split)
-        return bool(_places(task.cohort.corpus, test) & _places(corpus, learnt.train))
+        """Of the run and of those that its weights started from."""
+        asked, folder = _places(task.cohort.corpus, test), self._folder(name, fold)
+        while True:
+            try:
+                config, of_corpus = read_run(folder)
+                corpus = Corpus.open(config.corpus)
+            except InputError:
+                return not self._suite.models[name].unseen
+            # Weights that were merged or imported, or a corpus that has grown since: no one knows.
+            if corpus.hash != of_corpus:
+                return not self._suite.models[name].unseen
+            if asked & _places(corpus, split_cells(corpus, config.split).train):
+                return True
+            if not config.initial_weights:
+                return False
+            folder = Path(config.initial_weights)
 
     def _folder(self, name: str, fold: int) -> Path:
         return self._suite.resolve(self._filled(self._suite.models[name].run, fold))

@@ -176,6 +176,11 @@ def _words(task: Task, comparison: Comparison | None) -> list[str]:
             f"models are better, the interval clear of zero{f': {_by_name(above)}' if above else ''}."
             + (f" Clearly worse: {_by_name(below)}." if below else "")
         )
+    if comparison.best_model and (gain := comparison.over_control):
+        texts.append(
+            f"The best model, {_named(comparison.best_model)}, has {_interval(gain.interval, sign=True)} "
+            f"over the best control, {_named(gain.against)}, which was not pretrained."
+        )
     return texts
 
 

@@ -64,6 +64,9 @@ def test_random_folds_are_marked_as_leaking(corpus):
     tested = np.concatenate([fold.test for fold in folds.folds])
     assert np.array_equal(np.sort(tested), np.arange(corpus.n_cells))
     other = make_folds(corpus, replace(BLOCKS, by="random", seed=1))
+    # A margin that would leave no cell to learn from does not lie around random cells.
+    wide = replace(BLOCKS, by="random", margin=64, min_kept=0.9)
+    assert np.array_equal(make_folds(corpus, wide).folds[0].train, folds.folds[0].train)
     assert not np.array_equal(other.folds[0].test, folds.folds[0].test)
 
 

@@ -24,7 +24,7 @@ from scfm_jax.downstream.perturb import (
     perturb_neighbours,
     perturbation_table,
 )
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 
 CELLS = np.arange(160, 200)
 WIDTH = 80
@@ -177,6 +177,8 @@ def test_the_table_is_the_mean_over_cells_that_something_changed_around(found, c
     assert (table["cells"] == there.sum()).all()
     assert table["delta"].abs().is_monotonic_decreasing
     assert ((table["low"] <= table["delta"]) & (table["delta"] <= table["high"])).all()
+    with pytest.warns(DataWarning, match="over 5 blocks: its intervals are too narrow"):
+        perturbation_table(found, corpus, block // 2)
 
 
 def test_the_interval_has_the_width_of_a_mean_over_blocks(corpus):

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 from scfm_jax.downstream import suite as suite_module
+from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.downstream.scores import score
 from scfm_jax.downstream.suite import run_suite
 from scfm_jax.downstream.suite_comparison import compare
+from scfm_jax.downstream.suite_config import read_suite
+from scfm_jax.downstream.suite_models import Models
 from scfm_jax.downstream.suite_results import read_results
+from scfm_jax.downstream.suite_tasks import make_task
 from scfm_jax.errors import InputError
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.run import read_run
@@ -123,7 +127,7 @@ finetune = { epochs = 1, way = "head" }
     assert names(rows) == expected and len(rows) == len(expected)
     assert sum("macro_f1" in line for line in said) == len(rows)
     (task,) = read_results(out)
-    tissue = task.tissue()
+    tissue, width = task.tissue(), read_run(tmp_path / "tiny")[0].model.encoder.width
     assert tissue.xy.shape == (320, 2) and task.split == "one of slides held out at a time"
     for row in rows:
         held = np.load(out / row["predictions"])
@@ -141,6 +145,8 @@ finetune = { epochs = 1, way = "head" }
             history = json.loads((out / row["history"]).read_text())
             assert [epoch["epoch"] for epoch in history] == list(range(1, len(history) + 1))
             assert row["stored_bytes"] > 0
+        if row["method"].startswith("probe"):  # a float32 weight a class and feature, and a bias
+            assert row["stored_bytes"] == 4 * len(task.classes) * (width + 1)
     seeds = [row["scores"] for row in rows if row["method"] == "head of tiny"]
     assert seeds[0] != seeds[1]
     text = page.read_text()
@@ -331,6 +337,7 @@ of = ["expression"]
     )
     assert set(crowd) == {
         "training median",
+        "training mean",
         "own expression",
         "own expression + mean of 2",
         "coordinates alone",
@@ -345,10 +352,59 @@ of = ["expression"]
         "predicted types of the cells around",
         "probe of expression",
     }
+    task = make_task(read_suite(tmp_path / "suite.toml"), "crowd", out / "corpora")
+    learnt = task.target[next(task.in_folds()).fold.train]
+    for name, value in (("training mean", np.mean(learnt)), ("training median", np.median(learnt))):
+        np.testing.assert_allclose(np.load(out / crowd[name]["predictions"])["predicted"], value, rtol=1e-6)
     for task in (crowd, around):  # the same features by another way
         assert task["probe of expression"]["scores"] == task["own expression + mean of 2"]["scores"]
     best = around["predicted types of the cells around"]["scores"]["jensen_shannon"]
     assert best == min(row["scores"]["jensen_shannon"] for row in around.values())
+
+
+def test_no_model_reads_distances_where_density_is_asked(write, tmp_path, monkeypatch):
+    text = f"""
+[tasks.crowd]
+kind = "density"
+files = ["slide0"]
+radius = 30.0
+folds = [0]
+{SMALL}{BLOCKS}
+
+[methods.probe]
+way = "probe"
+of = ["tiny"]
+attend = true
+"""
+    monkeypatch.setattr(TrainedModel, "coordinates", True)
+    Counting(monkeypatch)
+    with pytest.raises(InputError, match=r"tiny reads the coordinates of its 2 neighbours"):
+        run_suite(write(text + TINY), tmp_path / "out")
+
+
+def test_what_weights_started_from_counts_as_learnt_from(write, tmp_path, finished):
+    """`tiny` has learnt from slide0 and not from slide1; `heir` from slide1, with tiny's weights or none."""
+    heir = """
+[models.heir]
+run = "heir"
+"""
+
+    def learnt(slide, more="", **changed):
+        content = json.loads((finished / "config.json").read_text())
+        content["config"]["split"]["held_out"] = ["slide0*"]
+        content["config"]["initial_weights"] = changed.get("start", "")
+        content["corpus_hash"] = changed.get("corpus_hash", content["corpus_hash"])
+        (tmp_path / "heir").mkdir(exist_ok=True)
+        (tmp_path / "heir" / "config.json").write_text(json.dumps(content))
+        suite = read_suite(write(DOMAIN + TINY + heir + more))
+        task = make_task(suite, "domain", tmp_path / "corpora")
+        cells = np.flatnonzero(task.cohort.slide == slide)
+        return Models(suite, tmp_path, print).transductive("heir", 0, task, cells)
+
+    assert [learnt(slide) for slide in (0, 1)] == [False, True]
+    assert learnt(0, start=str(finished)) and learnt(0, start=str(tmp_path / "gone"))
+    # Merged or imported weights, whose corpus is not what they have learnt from.
+    assert learnt(0, corpus_hash="") and not learnt(0, "unseen = true\n", corpus_hash="")
 
 
 def test_a_run_that_is_missing_is_pretrained_for_its_fold(write, tmp_path):
@@ -423,6 +479,11 @@ attend = false
             r"'cell_type' is not one value",
         ),
         ("means = []", 'means = []\nkind = "density"\nunit = "file"', r"density is per um"),
+        (
+            "means = []",
+            "means = []\ncoordinates = true",
+            r"suite.toml \[tasks.domain\], fold slide0: slide 'slide0' has no training cells",
+        ),
     ],
 )
 def test_bad_tasks_are_told_in_one_line(write, tmp_path, old, new, problem):

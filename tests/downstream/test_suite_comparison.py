@@ -23,6 +23,24 @@ def test_chance_is_not_called_a_win(tmp_path):
     assert low < 0 < high
 
 
+def test_a_control_that_is_as_good_as_the_model_is_named(tmp_path):
+    suite = Suite(tmp_path)
+    methods = [("own", "baseline", None, 1.5), ("untrained", "control", 8, 2.0)]
+    methods += [("head of expression", "control", 0, 0.6), ("head", "model", 8, 0.6)]
+    suite.task("region", "classes", methods, seeds=(0,))
+    (found,), first = judged(suite)
+    assert "beats the best baseline" in first
+    assert found.over_control.against.name == "head of expression"
+    (truth, model), (_, control) = (
+        predictions(suite, method=name) for name in ("head", "head of expression")
+    )
+    f1 = [f1_score(truth, said.argmax(1), average="macro") for said in (model, control)]
+    value, low, high = found.over_control.interval
+    assert value == pytest.approx(f1[0] - f1[1]) and low < 0 < high
+    text = write_suite_report(tmp_path).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert "over the best control, head of expression, k = 0, which was not pretrained" in text
+
+
 def test_rows_that_leak_are_no_measure_for_rows_that_do_not(tmp_path):
     suite = Suite(tmp_path)
     methods = [("own", "baseline", None, 1.5), ("coordinates", "baseline", None, 0.2)]

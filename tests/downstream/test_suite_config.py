@@ -99,6 +99,20 @@ FINETUNE = 'way = "finetune"\nof = ["tissue", "untrained"]'
         ('"untrained"]', '"expression"]', r"\[methods.lora\]: expression cannot be fine-tuned"),
         ('of = ["tissue", "untrained"]', "of = []", r"\[methods.lora\]: names nothing in of"),
         ("epochs = 3", "epochs = 0", r"\[methods.lora\].*epochs is 0"),
+        ("seeds = [0, 1, 2]", "seeds = []", r"\[methods.lora\].*seeds is empty"),
+        ("seeds = [0, 1, 2]", "neighbours = [300]", r"\[methods.lora\].*300 neighbours are asked for"),
+        ("seeds = [0, 1, 2]", "tuned = true", r"\[methods.lora\].*not of finetune"),
+        ("seeds = [0, 1, 2]", "neighbourhood = { dropout = 1.0 }", r"\[methods.lora\].*dropout is 1.0"),
+        (
+            FINETUNE,
+            'way = "neighbourhood"\nattend = true\nof = ["tissue"]',
+            r"\[methods.lora\].*attend is set where cells are embedded alone",
+        ),
+        (
+            FINETUNE,
+            'way = "probe"\nattend = true\nof = ["tissue", "expression"]',
+            r"\[methods.lora\].*of names expression, which can neither attend",
+        ),
         (
             FINETUNE,
             'way = "imputation"\nof = ["tissue"]\ntasks = ["region"]',
