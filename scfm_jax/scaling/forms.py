@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Float64, Int64
 
 # Of every exponent and of k0, the least and the greatest that is looked at.
 BOUNDS = {"alpha": (0.02, 2.0), "beta": (0.02, 2.0), "gamma": (0.1, 4.0), "k0": (0.25, 64.0)}
@@ -210,23 +210,3 @@ def make_form(name: str, levels: Sequence[int], *, size: bool = True, data: bool
         found.append(Term("F", size=True, neighbours=True))
     exponents = ["alpha"] * size + ["beta"] * data + ["gamma", "k0"] * name.startswith("power")
     return Form(name, FORMS[name], tuple(found), tuple(exponents))
-
-
-def same_noise(
-    loss: Float64[np.ndarray, " n"], configurations: Int64[np.ndarray, " n"]
-) -> tuple[float | None, int]:
-    """Standard deviation between runs that differ by their seed alone, pooled; and its degrees of freedom.
-
-    None where no configuration was run twice.
-    """
-    times = np.bincount(configurations)
-    mean = np.bincount(configurations, loss) / np.maximum(times, 1)
-    freedom = int((times[times > 0] - 1).sum())
-    if freedom == 0:
-        return None, 0
-    return float(np.sqrt(((loss - mean[configurations]) ** 2).sum() / freedom)), freedom
-
-
-def varies(values: Float64[np.ndarray, " n"]) -> Bool[np.ndarray, ""]:
-    """Whether there are two levels at least."""
-    return np.ptp(values) > 0

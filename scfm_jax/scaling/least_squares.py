@@ -47,7 +47,9 @@ class Held(NamedTuple):
     values: Float64[np.ndarray, " r"]
 
 
-def nnls(gram: Float64[np.ndarray, "b p p"], moment: Float64[np.ndarray, "b p"]) -> Float64[np.ndarray, "b p"]:
+def nnls(
+    gram: Float64[np.ndarray, "b p p"], moment: Float64[np.ndarray, "b p"]
+) -> Float64[np.ndarray, "b p"]:
     """Least b' G b / 2 - h' b over b >= 0, for every G and h.
 
     A column of zeros gets 0.
@@ -260,7 +262,9 @@ def _on_grid(
     for start in range(0, len(grid), at_once):
         columns = form.columns(design, grid[start : start + at_once])
         g = len(columns)
-        products = np.concatenate([columns[..., first] * columns[..., second], columns * loss[:, None]], axis=-1)
+        products = np.concatenate(
+            [columns[..., first] * columns[..., second], columns * loss[:, None]], axis=-1
+        )
         flat = products.transpose(1, 0, 2).reshape(len(design), -1)
         sums = (weights @ flat).reshape(r * g, -1)
         gram = np.empty((r * g, p, p))
