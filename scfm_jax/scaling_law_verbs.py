@@ -53,7 +53,7 @@ def fit(
     draws
         Of the bootstrap over runs.
     held_out
-        Largest configurations, by FLOPs, to predict from the others; 0 for none.
+        Largest budgets of FLOPs whose runs to predict from the others; 0 for none.
     repeats
         Fit the law to runs of one epoch or less, and what repeated data is worth to the others.
     drop_nan
@@ -155,8 +155,15 @@ def recommend(
     from scfm_jax.scaling.law_file import read_law
 
     machine = (chips, hours, device)
-    if (flops is None) == (None in machine) and machine != (None, None, None) or flops is None and None in machine:
-        raise InputError("--flops", "is not the one budget given", "give it, or --chips, --hours and --device")
+    if (
+        (flops is None) == (None in machine)
+        and machine != (None, None, None)
+        or flops is None
+        and None in machine
+    ):
+        raise InputError(
+            "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"
+        )
     if flops is None:
         assert chips is not None and hours is not None and device is not None
         flops = frontier.budget_of(chips, hours, device, mfu)
@@ -185,7 +192,11 @@ def _law_lines(law: Law) -> list[str]:
             f"{each.name:<12}{each.value:>10.4g}  {_interval(each.bootstrap):<24}{_interval(each.profile):<24}"
             f"{law.huber[each.name]:>10.4g}"
         )
-    noise = f"{law.noise.deviation:.3g} between seeds" if law.noise.freedom else "not measured: no seed was repeated"
+    noise = (
+        f"{law.noise.deviation:.3g} between seeds"
+        if law.noise.freedom
+        else "not measured: no seed was repeated"
+    )
     lines += ["", f"residuals {law.deviation:.3g}; noise {noise}"]
     for effect in law.effects:
         least = law.design.levels[0]
@@ -206,7 +217,9 @@ def _law_lines(law: Law) -> list[str]:
             f" ({trend.budgets} budgets)"
         )
     lines += [
-        f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}" for each in law.parabolas if each.why
+        f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}"
+        for each in law.parabolas
+        if each.why
     ]
     lines += [f"frontier: refused, {why}" for why in law.refusals]
     if law.repeats is not None:
@@ -214,7 +227,9 @@ def _law_lines(law: Law) -> list[str]:
             ("data", law.repeats.data, law.repeats.data_interval, law.repeats.data_why),
             ("size", law.repeats.size, law.repeats.size_interval, law.repeats.size_why),
         ):
-            said = f"{value:.3g} {_interval(ends)}" if value is not None and ends else f"not identified: {why}"
+            said = (
+                f"{value:.3g} {_interval(ends)}" if value is not None and ends else f"not identified: {why}"
+            )
             lines.append(f"R* of {what}, {law.repeats.runs} repeated runs: {said}")
     for each in law.predictions:
         lines.append(
@@ -225,7 +240,8 @@ def _law_lines(law: Law) -> list[str]:
         lines.append(f"largest runs not predicted: {law.predictions_why}")
     if law.influence:
         most = [
-            f"{each.run} ({each.parameter} {each.shift:+.2f} standard errors)" for each in law.influence[:_DRIVING]
+            f"{each.run} ({each.parameter} {each.shift:+.2f} standard errors)"
+            for each in law.influence[:_DRIVING]
         ]
         lines.append(f"runs that drive the fit: {', '.join(most)}")
     return lines

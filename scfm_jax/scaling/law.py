@@ -26,7 +26,7 @@ from scfm_jax.scaling.forms import FORMS, Design, Form, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
 from scfm_jax.scaling.intervals import LEVEL, Interval, Parameter, bootstrap, levels, parameters_of, rank
-from scfm_jax.scaling.isoflop import Parabola, Trend, envelope, parabolas
+from scfm_jax.scaling.isoflop import Parabola, Trend, budgets_of, envelope, parabolas
 from scfm_jax.scaling.least_squares import fit
 from scfm_jax.scaling.repeats import Repeats, fit_repeats
 from scfm_jax.scaling.runs import DataField, Runs, SizeField
@@ -47,7 +47,7 @@ class LawConfig:
     draws
         Of the bootstrap.
     held_out
-        Largest configurations, by FLOPs, that are predicted from the others.
+        Largest budgets of FLOPs whose runs are predicted from the others; see `budgets_of`.
     repeats
         Fit the law to runs that repeat no data, and R* to those that do.
     delta
@@ -315,14 +315,13 @@ def _effects(form: Form, best: np.ndarray, draws: np.ndarray) -> list[Effect]:
 def _predict_largest(
     form: Form, design: Design, runs: Runs, config: LawConfig
 ) -> tuple[list[Prediction], str]:
-    """Runs of the largest configurations, from a fit of the others."""
+    """Runs of the largest budgets, from a fit of the others."""
     if not config.held_out:
         return [], "none were asked for"
-    configuration = design.configurations
-    cost = np.array([runs.flops[configuration == c].max() for c in range(configuration.max() + 1)])
-    left_out = np.isin(configuration, np.argsort(-cost, kind="stable")[: config.held_out])
+    budget = budgets_of(runs.flops)
+    left_out = budget > budget.max() - config.held_out
     rest = design.take(~left_out)
-    have = len(np.unique(configuration[~left_out]))
+    have = len(np.unique(design.configurations[~left_out]))
     same = rest.levels == design.levels and all(
         (levels(a) > 1) == (levels(b) > 1) for a, b in ((rest.size, design.size), (rest.data, design.data))
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from scfm_jax.scaling.recommend import FARTHEST, choices_at
 
 _COLOURS = tuple(PALETTE[i] for i in (0, 5, 2, 1, 3, 4, 6))
 _MARKERS = "osD^vPX"
-_DASHES: Any = ["-", *((0, pattern) for pattern in ((5, 2), (1, 1.2), (6, 1.5, 1, 1.5), (8, 3), (2, 2), (3, 1)))]
+_DASHES: Any = [
+    "-",
+    *((0, pattern) for pattern in ((5, 2), (1, 1.2), (6, 1.5, 1, 1.5), (8, 3), (2, 2), (3, 1))),
+]
 _FAINT = "#b4bbc1"
 _CURVES = 5  # sizes, or budgets' labels, that a reader can follow
 _TAIL = (1 - LEVEL) / 2
@@ -71,6 +74,11 @@ def _points(place: int) -> dict[str, Any]:
     }
 
 
+def _legend(figure: Figure, handles: Sequence[Line2D], *, columns: int, handlelength: float = 2.0) -> None:
+    style: Any = {"fontsize": 8.5, "handlelength": handlelength, "handletextpad": 0.6}
+    legend_below(figure, handles, columns=columns, **style)
+
+
 def _compute(law: Law) -> tuple[Figure, str]:
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     ax = figure.subplots()
@@ -96,7 +104,7 @@ def _compute(law: Law) -> tuple[Figure, str]:
     if rows:
         ax.axvline(high, color=_FAINT, linewidth=0.8)
     grid(ax)
-    legend_below(figure, handles, columns=4, fontsize=8.5, handlelength=2.6)
+    _legend(figure, handles, columns=4, handlelength=2.6)
     caption = "Loss of every run against its FLOPs"
     if law.refusals:
         return figure, f"{caption}; no frontier: {'; '.join(law.refusals)}."
@@ -124,7 +132,9 @@ def _isoflop(law: Law) -> tuple[Figure | None, str]:
             number = budget[np.abs(np.log(law.runs.flops / parabola.flops)).argmin()]
             inside = (law.runs.k == k) & (budget == number)
             size = law.design.size[inside]
-            ax.plot(size, law.runs.loss[inside], linestyle="", marker=marker, markersize=4, color=shade[power])
+            ax.plot(
+                size, law.runs.loss[inside], linestyle="", marker=marker, markersize=4, color=shade[power]
+            )
             x = np.linspace(np.log(size.min()), np.log(size.max()), 80) - np.log(parabola.centre)
             curve = np.polynomial.Polynomial(parabola.coefficients)(x)
             dash = "-" if not parabola.why else (0, (2, 2))
@@ -137,10 +147,12 @@ def _isoflop(law: Law) -> tuple[Figure | None, str]:
         ax.set_visible(False)
     axes[0].set_ylabel("held-out loss")
     handles = [
-        Line2D([], [], color=shade[power], marker=_MARKERS[place % len(_MARKERS)], label=f"$10^{{{power:g}}}$")
+        Line2D(
+            [], [], color=shade[power], marker=_MARKERS[place % len(_MARKERS)], label=f"$10^{{{power:g}}}$"
+        )
         for place, power in enumerate(every)
     ]
-    legend_below(figure, handles, columns=6, fontsize=8.5, handlelength=1.6)
+    _legend(figure, handles, columns=6, handlelength=1.6)
     refused = sum(bool(parabola.why) for parabola in law.parabolas)
     more = f" {refused} have no minimum inside and are dashed." if refused else ""
     return figure, f"IsoFLOP curves: loss over size at one budget of FLOPs; a star is the best size.{more}"
@@ -165,7 +177,7 @@ def _residuals(law: Law) -> tuple[Figure, str]:
         ax.set(xscale="log", xlabel=label)
     axes[0].set_ylabel("measured over fitted loss (%)")
     handles = [Line2D([], [], **_points(i), label=f"k = {k}") for i, k in enumerate(law.design.levels)]
-    legend_below(figure, handles, columns=6, fontsize=8.5)
+    _legend(figure, handles, columns=6)
     return figure, "Residuals of the law; the band is two of their standard deviations either way."
 
 
@@ -186,22 +198,24 @@ def _neighbours(law: Law) -> tuple[Figure | None, str]:
         n = len(ks)
         curve = Design(np.full(n, size), np.full(n, data), np.array(ks))
         middle = predict(law.form, curve, law.estimate[None])[0]
-        ends = np.quantile(predict(law.form, curve, law.draws), [_TAIL, 1 - _TAIL], axis=0)
+        drawn = predict(law.form, curve, law.draws)
+        ends = np.quantile(100 * (drawn / drawn[:, :1] - 1), [_TAIL, 1 - _TAIL], axis=0)
         at = np.arange(n) + 0.1 * (place - (len(sizes) - 1) / 2)
         ax.fill_between(at, *ends, color=_COLOURS[place % len(_COLOURS)], alpha=0.12, linewidth=0)
-        ax.plot(at, middle, **_style(place), linewidth=1.2)
-        found = [off[(nearest == place) & (law.runs.k == k)] for k in ks]
-        measured = np.array([m + each.mean() if len(each) else np.nan for m, each in zip(middle, found, strict=True)])
-        ax.plot(at, measured, **_points(place))
+        ax.plot(at, 100 * (middle / middle[0] - 1), **_style(place), linewidth=1.2)
+        mine = [off[(nearest == place) & (law.runs.k == k)] for k in ks]
+        shift = np.array([each.mean() if len(each) else np.nan for each in mine])
+        ax.plot(at, 100 * ((middle + shift) / middle[0] - 1), **_points(place))
         handles.append(Line2D([], [], **(_points(place) | _style(place)), label=f"N = {size:.2g}"))
     ax.set_xticks(range(len(ks)), [str(k) for k in ks])
-    ax.set(xlabel="k, neighbours", ylabel="held-out loss")
+    ax.axhline(0, color=_FAINT, linewidth=0.8, zorder=0)
+    ax.set(xlabel="k, neighbours", ylabel=f"loss over that at k = {ks[0]} (%)")
     grid(ax)
-    legend_below(figure, handles, columns=3, fontsize=8.5, handlelength=2.6)
+    _legend(figure, handles, columns=3, handlelength=2.6)
     unit = _DATA[law.config.data].removesuffix(", D")
     return figure, (
-        f"Loss against k at each size, for {data:.3g} {unit}: the law with its 95% interval, and points that are "
-        "the law plus the mean residual of the runs nearest in size."
+        f"Loss over that at k = {ks[0]}, at each size and for {data:.3g} {unit}: the law with its 95% interval, and "
+        "points that are the law plus the mean residual of the runs nearest in size."
     )
 
 
@@ -233,7 +247,7 @@ def _parameters(law: Law) -> tuple[Figure, str]:
         Line2D([], [], color=PALETTE[0], linewidth=1.8, label="bootstrap"),
         Line2D([], [], color=PALETTE[0], linewidth=1.8, linestyle=(0, (3, 1.5)), label="profile"),
     ]
-    legend_below(figure, handles, columns=4, fontsize=8, handlelength=2)
+    _legend(figure, handles, columns=4)
     return figure, f"Parameters of {law.form.equation} with 95% intervals."
 
 
@@ -251,14 +265,16 @@ def _prediction(law: Law) -> tuple[Figure | None, str]:
     ax.errorbar(predicted, measured, xerr=bars, **style, label="largest runs, predicted")
     low = float(min(law.runs.loss.min(), ends.min()))
     high = float(law.runs.loss.max())
-    ax.plot([low, high], [low, high], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted = measured")
+    ax.plot(
+        [low, high], [low, high], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted = measured"
+    )
     ax.set(xlabel="predicted loss", ylabel="measured loss")
     grid(ax)
     handles = ax.get_legend_handles_labels()[0]
-    legend_below(figure, handles, columns=2, fontsize=8.5)
+    _legend(figure, handles, columns=2)
     return figure, (
-        f"The {len(predicted)} runs of the largest budget, predicted from the others with a 95% interval for a "
-        "single run, beside the fit of all."
+        "Runs of the largest budgets, predicted from the others with a 95% interval for a single run, beside the "
+        "fit of all."
     )
 
 
