@@ -155,11 +155,8 @@ def recommend(
     from scfm_jax.scaling.law_file import read_law
 
     machine = (chips, hours, device)
-    if (
-        (flops is None) == (None in machine)
-        and machine != (None, None, None)
-        or flops is None
-        and None in machine
+    if ((flops is None) == (None in machine) and machine != (None, None, None)) or (
+        flops is None and None in machine
     ):
         raise InputError(
             "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"

@@ -45,8 +45,8 @@ class Compared:
 class Noise:
     """Standard deviation of the loss between runs alike but for the seed.
 
-    `freedom` is 0 where no configuration was run twice, and the deviation from the form with a floor for each k
-    stands in.
+    `freedom` is 0 where no configuration was run twice, and the deviation from the form with a floor for each
+    k stands in.
     """
 
     deviation: float
@@ -55,7 +55,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Influence:
-    """What a run does to the fit: the parameter that moves most without it, and by how many standard errors."""
+    """What a run does to the fit: the parameter that moves most without it, in standard errors."""
 
     run: str
     parameter: str

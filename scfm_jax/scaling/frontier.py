@@ -1,6 +1,6 @@
-"""The compute-optimal frontier: the size, the data and the neighbours that a budget of FLOPs is best spent on.
+"""The compute-optimal frontier: the size and the data that a budget of FLOPs is best spent on at each k.
 
-FLOPs are those that the runs report: cells x kappa_k N^u, fitted to them, so that the cost of neighbours counts.
+FLOPs are cells x kappa_k N^u, fitted to what the runs report, so that the cost of neighbours counts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Cost:
     factor
         kappa by k.
     passes
-        Cells that training goes through for one unit of D, by k: the median of the runs. For unique cells about
-        the epochs, for tokens the inverse of a cell's.
+        Cells that training goes through for one unit of D, by k: the median of the runs. For unique cells
+        about the epochs, for tokens the inverse of a cell's.
     misfit
         The greatest ratio, either way, of a run's FLOPs to these.
     """

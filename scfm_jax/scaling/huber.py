@@ -1,7 +1,8 @@
 """The second estimator: Huber's loss on the logarithm of the loss, by L-BFGS from many starts.
 
-Approach 3 of Hoffmann et al., arXiv:2203.15556 (2022), with a floor for each k or a power law in k beside. The
-losses are summed and not averaged: averaged, L-BFGS stops early (Besiroglu et al., arXiv:2404.10102, 2024).
+Approach 3 of Hoffmann et al., arXiv:2203.15556 (2022), with a floor for each k or a power law in k beside.
+The losses are summed and not averaged: averaged, L-BFGS stops early (Besiroglu et al., arXiv:2404.10102,
+2024).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def fit_huber(
     Parameters
     ----------
     near
-        A least-squares fit: the first start, and the others lie around it and over the whole range of exponents.
+        A least-squares fit: the first start, and the others lie around it and over the whole range of
+        exponents.
     delta
         Of log loss, where squares give way to absolute values.
     seed

@@ -1,4 +1,4 @@
-"""How well a design identifies each parameter: bootstrap over runs, profile likelihood, and the reasons where not."""
+"""How well a design identifies each parameter: bootstrap, profile likelihood, and reasons where not."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def profile(
 ) -> tuple[float | None, float | None]:
     """Interval of one parameter by profile likelihood; None for an end that stays open.
 
-    The parameter is held at values ever farther from its estimate while all others are fitted; the interval ends
-    where the sum of squares exceeds the least by F(1, n - rank) / (n - rank). A floor or a coefficient may reach 0:
-    that end is closed, a limit of nature and no want of data.
+    The parameter is held at values ever farther from its estimate while all others are fitted; the interval
+    ends where the sum of squares exceeds the least by F(1, n - rank) / (n - rank). A floor or a coefficient
+    may reach 0: that end is closed, a limit of nature and no want of data.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def _standard_error(
 def parameters_of(
     form: Form, design: Design, loss: Float64[np.ndarray, " n"], best: Fitted, draws: Fitted
 ) -> list[Parameter]:
-    """Every parameter that a form of this kind has, with intervals, or with the reason why it has no value."""
+    """Every parameter of the form, with its intervals or with the reason why it has no value."""
     q = len(form.exponents)
     reasons = _structural(form, design)
     at_edge = (draws.edge.mean(0), best.edge[0])
@@ -231,11 +231,9 @@ def _structural(form: Form, design: Design) -> dict[str, str]:
         why = f"{number} value{'s' if number > 1 else ''} of {what} only, {_LEVELS} are needed"
         terms = [term.name for term in form.terms if getattr(term, axis)] or [letter]
         reasons |= dict.fromkeys([exponent, *terms], why)
-        reasons |= {
-            floor: f"a floor cannot be told from {letter}/{what}^{exponent}: {why}" for floor in floors
-        }
+        reasons |= dict.fromkeys(floors, f"a floor cannot be told from {letter}/{what}^{exponent}: {why}")
     if collinear(design):
         why = "N and D vary together, so that their shares cannot be told apart"
         terms = [term.name for term in form.terms if term.size or term.data]
-        reasons |= {name: why for name in ("alpha", "beta", *terms)}
+        reasons |= dict.fromkeys(("alpha", "beta", *terms), why)
     return reasons

@@ -1,7 +1,8 @@
 """Optima straight from the runs: IsoFLOP parabolas, and the envelope of losses over compute.
 
-Approaches 2 and 1 of Hoffmann et al., arXiv:2203.15556 (2022). A parabola in log N is not the shape of a sum of
-powers: its vertex is off where alpha and beta differ or sizes lie to one side (docs/scaling.md shows by how much).
+Approaches 2 and 1 of Hoffmann et al., arXiv:2203.15556 (2022). A parabola in log N is not the shape of a sum
+of powers: its vertex is off where alpha and beta differ or sizes lie to one side (docs/scaling.md shows by
+how much).
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def parabolas(
     draws: int,
     seed: int,
 ) -> tuple[list[Parabola], list[Trend]]:
-    """A parabola for every budget and k that has four sizes or more, and the trend of their vertices at each k."""
+    """A parabola for every budget and k with four sizes or more, and the trend of vertices at each k."""
     budget = budgets_of(flops)
     found, trends = [], []
     for k in design.levels:
@@ -107,7 +108,7 @@ def parabolas(
 def _parabola(
     design: Design, loss: np.ndarray, flops: np.ndarray, weights: Float64[np.ndarray, "r n"]
 ) -> tuple[Parabola, Float64[np.ndarray, "r 3"]]:
-    """The fit of all runs, and the logarithms of N and D and the loss at the vertex for each row of weights."""
+    """The fit of all runs, and log N, log D and the loss at the vertex for each row of weights."""
     log_size, log_data = np.log(design.size), np.log(design.data)
     centre = log_size.mean()
     x = log_size - centre
@@ -131,13 +132,11 @@ def _parabola(
         return Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), None, None, None, None, why), vertices
     ends = np.nanquantile(vertices[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     ends[:, :2] = np.exp(ends[:, :2])
-    size, data, low = (float(np.exp(v)) for v in vertices[0, :2]), None, float(vertices[0, 2])
-    first, second = size
-    intervals = tuple((float(a), float(b)) for a, b in ends.T)
-    return (
-        Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), first, second, low, intervals, ""),  # type: ignore[arg-type]
-        vertices,
-    )
+    size, data = np.exp(vertices[0, :2]).tolist()
+    low = float(vertices[0, 2])
+    first, second, third = ((float(a), float(b)) for a, b in ends.T)
+    intervals = (first, second, third)
+    return Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), size, data, low, intervals, ""), vertices
 
 
 def _trend(k: int, flops: Float64[np.ndarray, " b"], vertices: Float64[np.ndarray, "b r 3"]) -> Trend:
@@ -180,8 +179,9 @@ def envelope(
 ) -> tuple[float, float] | None:
     """Exponent and intercept of log N* over log C, from the size of least loss at each of many budgets.
 
-    Each size that has two runs or more gives a curve of log loss over log FLOPs, linear between its runs. Only
-    budgets count where sizes on both sides of the best are measured. None where that leaves fewer than two.
+    Each size that has two runs or more gives a curve of log loss over log FLOPs, linear between its runs.
+    Only budgets count where sizes on both sides of the best are measured. None where that leaves fewer than
+    two.
     """
     at = design.k == k
     sizes = [size for size in np.unique(design.size[at]) if (at & (design.size == size)).sum() > 1]

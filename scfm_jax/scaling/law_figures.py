@@ -36,7 +36,7 @@ _DATA = {"unique_cells": "unique cells, D", "cells": "cells seen, D", "tokens": 
 
 
 def draw_law(law: Law, folder: Path) -> dict[str, str]:
-    """Draw every figure that the law allows into a folder; returns a caption, or why there is none, by name."""
+    """Draw every figure that the law allows; returns a caption, or why there is none, by name."""
     folder.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Callable[[Law], tuple[Figure | None, str]]] = {
         "compute": _compute,
@@ -109,8 +109,8 @@ def _compute(law: Law) -> tuple[Figure, str]:
     if law.refusals:
         return figure, f"{caption}; no frontier: {'; '.join(law.refusals)}."
     return figure, (
-        f"{caption}, and the compute-optimal frontier of the law for each k with 95% intervals; thin past the "
-        "largest budget measured."
+        f"{caption}, and the compute-optimal frontier of the law for each k with 95% intervals; thin past "
+        "the largest budget measured."
     )
 
 
@@ -214,8 +214,8 @@ def _neighbours(law: Law) -> tuple[Figure | None, str]:
     _legend(figure, handles, columns=3, handlelength=2.6)
     unit = _DATA[law.config.data].removesuffix(", D")
     return figure, (
-        f"Loss over that at k = {ks[0]}, at each size and for {data:.3g} {unit}: the law with its 95% interval, and "
-        "points that are the law plus the mean residual of the runs nearest in size."
+        f"Loss over that at k = {ks[0]}, at each size and for {data:.3g} {unit}: the law with its 95% interval, "
+        "and points that are the law plus the mean residual of the runs nearest in size."
     )
 
 
@@ -270,11 +270,11 @@ def _prediction(law: Law) -> tuple[Figure | None, str]:
     )
     ax.set(xlabel="predicted loss", ylabel="measured loss")
     grid(ax)
-    handles = ax.get_legend_handles_labels()[0]
+    handles: Any = ax.get_legend_handles_labels()[0]
     _legend(figure, handles, columns=2)
     return figure, (
-        "Runs of the largest budgets, predicted from the others with a 95% interval for a single run, beside the "
-        "fit of all."
+        "Runs of the largest budgets, predicted from the others with a 95% interval for a single run, beside "
+        "the fit of all."
     )
 
 

@@ -1,4 +1,4 @@
-"""The file of a law: JSON with everything that plots and recommendations need, runs and bootstrap draws too."""
+"""The file of a law: JSON with all that plots and recommendations need, runs and bootstrap draws too."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Variable projection: exponents by a grid and Gauss-Newton, coefficients by non-negative least squares.
 
 Many weighted fits of the same runs are done at once: a bootstrap draw, a run left out and a fold left out are
-rows of weights. Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973); non-negative least squares by block principal
-pivoting, Kim and Park, SIAM J. Sci. Comput. 33 (2011).
+rows of weights. Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973); non-negative least squares by block
+principal pivoting, Kim and Park, SIAM J. Sci. Comput. 33 (2011).
 """
 
 from __future__ import annotations

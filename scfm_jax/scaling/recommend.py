@@ -1,4 +1,4 @@
-"""What to train for a budget: size, data and neighbours on the frontier of a law, and the recipe to start from."""
+"""What to train for a budget: size, data and neighbours on a law's frontier, and the recipe to start from."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommend
     flops
         Model FLOPs of the whole training.
     extrapolate
-        Answer where the law refuses to: parameters at the edge of their grid or not identified, FLOPs that follow
-        no power law, or past ten times the largest budget measured.
+        Answer where the law refuses to: parameters at the edge of their grid or not identified, FLOPs that
+        follow no power law, or past ten times the largest budget measured.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Data that is seen again: unique data and repeats as worth ever less, and size past its use for unique data.
 
-Muennighoff et al., arXiv:2305.16264 (2023): U + U R* (1 - exp(-R / R*)) in place of U (1 + R), for data with R
-repeats and, with a constant of its own, for parameters beyond those that unique data is worth.
+Muennighoff et al., arXiv:2305.16264 (2023): U + U R* (1 - exp(-R / R*)) in place of U (1 + R), for data with
+R repeats and, with a constant of its own, for parameters beyond those that unique data is worth.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _AXIS = np.geomspace(LEAST, MOST, 40)
 class Repeats:
     """Half-lives of repeats, in units of their own: R*_D and R*_N.
 
-    A value is None where the runs do not identify it, with the reason in `why`; intervals are 95%, by a bootstrap
-    over the repeated runs.
+    A value is None where the runs do not identify it, with the reason in `why`; intervals are 95%, by a
+    bootstrap over the repeated runs.
     """
 
     data: float | None
@@ -41,7 +41,7 @@ def effective(
     total: Float64[np.ndarray, "*n"],
     half: Float64[np.ndarray, "*n"] | float,
 ) -> Float64[np.ndarray, "*n"]:
-    """What `total` is worth, of which `unique` is new: `unique` (1 + R* (1 - exp(-R / R*))), R = total/unique - 1.
+    """What `total` is worth, of which `unique` is new: `unique` (1 + R* (1 - exp(-R / R*))), R its repeats.
 
     No more than `total`, which it is where nothing is repeated or R* is without bound.
     """

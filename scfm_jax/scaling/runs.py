@@ -111,8 +111,8 @@ def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) 
     Raises
     ------
     InputError
-        No file, no runs, a line that is no run, a field that is missing or of the wrong kind, a loss that is no
-        number, the same run twice, several families.
+        No file, no runs, a line that is no run, a field that is missing or of the wrong kind, a loss that is
+        no number, the same run twice, several families.
     """
     try:
         text = path.read_text(encoding="utf-8")

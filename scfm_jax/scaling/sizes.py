@@ -14,8 +14,8 @@ from scfm_jax.training.task import model_builder
 class Size(NamedTuple):
     """Scalars that are trained: all, and those outside of embeddings.
 
-    Embeddings are the tables of genes, values, positions and segments, and whatever has the vocabulary as an axis:
-    they grow with the panel and not with the model, and cost next to no FLOPs.
+    Embeddings are the tables of genes, values, positions and segments, and whatever has the vocabulary as an
+    axis: they grow with the panel and not with the model, and cost next to no FLOPs.
     """
 
     parameters: int
