@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scfm_jax.scaling.law import Law
     from scfm_jax.scaling.recommend import Recommendation
 
-_DRIVING = 3  # runs that are named
+_NAMED = 3  # runs of a kind
 
 
 def fit(
@@ -155,9 +155,7 @@ def recommend(
     from scfm_jax.scaling.law_file import read_law
 
     machine = (chips, hours, device)
-    if ((flops is None) == (None in machine) and machine != (None, None, None)) or (
-        flops is None and None in machine
-    ):
+    if any(each is not None for each in machine) if flops is not None else None in machine:
         raise InputError(
             "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"
         )
@@ -176,72 +174,95 @@ def _law_lines(law: Law) -> list[str]:
     """The law for a reader."""
     runs = f"{len(law.runs)} runs of {law.runs.family}"
     dropped = f"; {len(law.dropped)} without a loss left out: {', '.join(law.dropped)}" if law.dropped else ""
-    lines = [
+    return [
         f"L(N, D, k) = {law.form.equation}, N {law.config.size}, D {law.config.data}; {runs}{dropped}",
         "",
-        f"{'parameter':<12}{'value':>10}  {'95%, bootstrap':<24}{'95%, profile':<24}{'Huber':>10}",
+        *_parameter_lines(law),
+        "",
+        *_neighbour_lines(law),
+        "",
+        *_form_lines(law),
+        "",
+        *_budget_lines(law),
+        *_repeat_lines(law),
+        *_run_lines(law),
     ]
+
+
+def _parameter_lines(law: Law) -> list[str]:
+    lines = [f"{'parameter':<12}{'value':>10}  {'95%, bootstrap':<24}{'95%, profile':<24}{'Huber':>10}"]
     for each in law.parameters:
         if each.value is None or each.bootstrap is None or each.profile is None:
             lines.append(f"{each.name:<12}not identified: {each.why}")
             continue
-        lines.append(
-            f"{each.name:<12}{each.value:>10.4g}  {_interval(each.bootstrap):<24}{_interval(each.profile):<24}"
-            f"{law.huber[each.name]:>10.4g}"
-        )
-    noise = (
-        f"{law.noise.deviation:.3g} between seeds"
-        if law.noise.freedom
-        else "not measured: no seed was repeated"
-    )
-    lines += ["", f"residuals {law.deviation:.3g}; noise {noise}"]
-    for effect in law.effects:
-        least = law.design.levels[0]
-        lines.append(f"k = {effect.k} against {least}: {effect.difference:+.3g} {_interval(effect.interval)}")
+        ends = f"{_interval(each.bootstrap):<24}{_interval(each.profile):<24}"
+        lines.append(f"{each.name:<12}{each.value:>10.4g}  {ends}{law.huber[each.name]:>10.4g}")
+    return lines
+
+
+def _neighbour_lines(law: Law) -> list[str]:
+    seeds = law.noise.freedom > 0
+    noise = f"{law.noise.deviation:.3g} between seeds" if seeds else "not measured, no seed was repeated"
+    lines, least = [f"residuals {law.deviation:.3g}; noise {noise}"], law.design.levels[0]
+    for each in law.effects:
+        lines.append(f"k = {each.k} against {least}: {each.difference:+.3g} {_interval(each.interval)}")
     if len(law.design.levels) > 1 and law.power_law:
         lines.append(f"power law in k: not identified, {law.power_law}")
-    lines += ["", f"{'form':<14}{'parameters':>10}{'held-out error':>16}{'AICc':>12}"]
+    return lines
+
+
+def _form_lines(law: Law) -> list[str]:
+    lines = [f"{'form':<14}{'parameters':>10}{'held-out error':>16}{'AICc':>12}"]
     for each in law.compared:
         error = "-" if each.held_out_error is None else f"{each.held_out_error:.3%}"
         aic = "-" if each.aic is None else f"{each.aic:.1f}"
         alone = f"  ({each.unpredictable} runs alone at their k)" if each.unpredictable else ""
         lines.append(f"{each.form:<14}{each.parameters:>10}{error:>16}{aic:>12}{alone}")
-    lines.append("")
+    return lines
+
+
+def _budget_lines(law: Law) -> list[str]:
+    lines = []
     for trend in law.trends:
         interval = f" {_interval(trend.size_interval)}" if trend.size_interval else ""
-        lines.append(
-            f"IsoFLOP, k = {trend.k}: N* ~ C^{trend.size_exponent:.3f}{interval}, D* ~ C^{trend.data_exponent:.3f}"
-            f" ({trend.budgets} budgets)"
-        )
-    lines += [
-        f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}"
-        for each in law.parabolas
-        if each.why
-    ]
-    lines += [f"frontier: refused, {why}" for why in law.refusals]
-    if law.repeats is not None:
-        for what, value, ends, why in (
-            ("data", law.repeats.data, law.repeats.data_interval, law.repeats.data_why),
-            ("size", law.repeats.size, law.repeats.size_interval, law.repeats.size_why),
-        ):
-            said = (
-                f"{value:.3g} {_interval(ends)}" if value is not None and ends else f"not identified: {why}"
-            )
-            lines.append(f"R* of {what}, {law.repeats.runs} repeated runs: {said}")
-    for each in law.predictions:
-        lines.append(
-            f"left out and predicted: {each.run} {each.predicted:.4g} {_interval(each.interval)}, "
-            f"measured {each.measured:.4g}"
-        )
-    if not law.predictions:
-        lines.append(f"largest runs not predicted: {law.predictions_why}")
-    if law.influence:
-        most = [
-            f"{each.run} ({each.parameter} {each.shift:+.2f} standard errors)"
-            for each in law.influence[:_DRIVING]
-        ]
-        lines.append(f"runs that drive the fit: {', '.join(most)}")
+        best = f"N* ~ C^{trend.size_exponent:.3f}{interval}, D* ~ C^{trend.data_exponent:.3f}"
+        lines.append(f"IsoFLOP, k = {trend.k}: {best} ({trend.budgets} budgets)")
+    for each in law.parabolas:
+        if each.why:
+            lines.append(f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}")
+    for k, (slope, _) in law.envelopes.items():
+        lines.append(f"envelope, k = {k}: N* ~ C^{slope:.3f}")
+    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals)]
+
+
+def _repeat_lines(law: Law) -> list[str]:
+    if law.repeats is None:
+        return []
+    lines = []
+    for what, value, ends, why in (
+        ("data", law.repeats.data, law.repeats.data_interval, law.repeats.data_why),
+        ("size", law.repeats.size, law.repeats.size_interval, law.repeats.size_why),
+    ):
+        said = f"{value:.3g} {_interval(ends)}" if value is not None and ends else f"not identified: {why}"
+        lines.append(f"R* of {what}, {law.repeats.runs} repeated runs: {said}")
     return lines
+
+
+def _run_lines(law: Law) -> list[str]:
+    lines = []
+    for each in law.predictions[:_NAMED]:
+        said = f"{each.predicted:.4g} {_interval(each.interval)}, measured {each.measured:.4g}"
+        lines.append(f"left out and predicted: {each.run} {said}")
+    inside = sum(each.interval[0] <= each.measured <= each.interval[1] for each in law.predictions)
+    number = len(law.predictions)
+    if number:
+        lines.append(f"of {number} largest runs, {inside} lie in the interval of their prediction")
+    else:
+        lines.append(f"largest runs not predicted: {law.predictions_why}")
+    driving = [
+        f"{each.run} ({each.parameter} {each.shift:+.2f} standard errors)" for each in law.influence[:_NAMED]
+    ]
+    return [*lines, *([f"runs that drive the fit: {', '.join(driving)}"] if driving else [])]
 
 
 def _recommendation_lines(answer: Recommendation) -> list[str]:

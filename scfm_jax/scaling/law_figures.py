@@ -214,8 +214,8 @@ def _neighbours(law: Law) -> tuple[Figure | None, str]:
     _legend(figure, handles, columns=3, handlelength=2.6)
     unit = _DATA[law.config.data].removesuffix(", D")
     return figure, (
-        f"Loss over that at k = {ks[0]}, at each size and for {data:.3g} {unit}: the law with its 95% interval, "
-        "and points that are the law plus the mean residual of the runs nearest in size."
+        f"Loss over that at k = {ks[0]}, at each size and for {data:.3g} {unit}: the law with its 95% "
+        "interval, and points that are the law plus the mean residual of the runs nearest in size."
     )
 
 
