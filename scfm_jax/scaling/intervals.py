@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 from scipy.stats import f as f_distribution
+from scipy.stats import norm
+from scipy.stats import t as t_distribution
 
 from scfm_jax.scaling.forms import Design, Form
 from scfm_jax.scaling.least_squares import Fitted, Held, fit, refine
 
 LEVEL = 0.95
-_TAIL = (1 - LEVEL) / 2
 # Of the variance of log D, what must be left after log N is known.
 _LEAST_OWN_VARIANCE = 0.01
 _LEVELS = 3  # of N or D, for an exponent beside a floor
@@ -73,6 +74,19 @@ def rank(form: Form, design: Design, fitted: Fitted) -> int:
     rows = jacobian(form, design, fitted)
     scale = np.linalg.norm(rows, axis=0)
     return int(np.linalg.matrix_rank(rows / np.where(scale > 0, scale, 1), tol=1e-7))
+
+
+def tails(runs: int, parameters: int) -> tuple[float, float]:
+    """Quantiles of bootstrap draws between which a 95% interval lies.
+
+    Draws scatter too little by the runs that the parameters take up, and a normal distribution has thinner
+    tails than Student's: the expanded percentiles of Hesterberg, The American Statistician 69 (2015), for a
+    fit of several parameters.
+    """
+    freedom = max(runs - parameters, 1)
+    wide = np.sqrt(runs / freedom) * t_distribution.ppf((1 + LEVEL) / 2, freedom)
+    tail = float(norm.cdf(-wide))
+    return tail, 1 - tail
 
 
 def bootstrap(form: Form, design: Design, loss: Float64[np.ndarray, " n"], draws: int, seed: int) -> Fitted:
@@ -174,6 +188,7 @@ def parameters_of(
     reasons = _structural(form, design)
     at_edge = (draws.edge.mean(0), best.edge[0])
     values = draws.parameters
+    ends_at = tails(len(loss), rank(form, design, best))
     found = []
     for place, name in enumerate(form.names):
         why = reasons.get(name, "")
@@ -187,9 +202,9 @@ def parameters_of(
             elif None in ends:
                 side = "on both sides" if ends == (None, None) else "below" if ends[0] is None else "above"
                 why = f"the profile likelihood is open {side}"
-            elif place < q and at_edge[0][place] > _TAIL:
+            elif place < q and at_edge[0][place] > ends_at[0]:
                 why = f"{at_edge[0][place]:.0%} of bootstrap draws lie at the edge of the grid"
-        low, high = np.quantile(values[:, place], [_TAIL, 1 - _TAIL])
+        low, high = np.quantile(values[:, place], ends_at)
         if why:
             found.append(Parameter(name, None, None, None, why))
         else:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from scfm_jax.scaling.forms import Design
-from scfm_jax.scaling.intervals import LEVEL, Interval, draw_weights, levels
+from scfm_jax.scaling.intervals import Interval, draw_weights, levels, tails
 
 _SAME_BUDGET = 0.1  # spread of a budget's FLOPs, a share
 _SIZES = 4  # of a parabola: one more than it has coefficients
@@ -90,6 +90,7 @@ def parabolas(
     found, trends = [], []
     for k in design.levels:
         good: list[tuple[float, np.ndarray]] = []
+        runs = 0
         for number in np.unique(budget[design.k == k]):
             inside = np.flatnonzero((design.k == k) & (budget == number))
             if levels(design.size[inside]) < _SIZES:
@@ -100,8 +101,10 @@ def parabolas(
             found.append(parabola)
             if not parabola.why:
                 good.append((parabola.flops, vertices))
+                runs += len(inside)
         if len(good) >= 2:
-            trends.append(_trend(k, np.array([flops for flops, _ in good]), np.stack([v for _, v in good])))
+            budgets = np.array([flops for flops, _ in good])
+            trends.append(_trend(k, budgets, np.stack([v for _, v in good]), runs))
     return found, trends
 
 
@@ -130,7 +133,7 @@ def _parabola(
     c0, c1, c2 = c[0].tolist()
     if why:
         return Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), None, None, None, None, why), vertices
-    ends = np.nanquantile(vertices[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ends = np.nanquantile(vertices[1:], tails(len(loss), 3), axis=0)
     ends[:, :2] = np.exp(ends[:, :2])
     size, data = np.exp(vertices[0, :2]).tolist()
     low = float(vertices[0, 2])
@@ -139,12 +142,14 @@ def _parabola(
     return Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), size, data, low, intervals, ""), vertices
 
 
-def _trend(k: int, flops: Float64[np.ndarray, " b"], vertices: Float64[np.ndarray, "b r 3"]) -> Trend:
+def _trend(
+    k: int, flops: Float64[np.ndarray, " b"], vertices: Float64[np.ndarray, "b r 3"], runs: int
+) -> Trend:
     x = np.log(flops)
     x0 = x - x.mean()
     slopes = np.einsum("b,brv->rv", x0, vertices[..., :2]) / (x0 @ x0)
     intercepts = vertices[..., :2].mean(0) - slopes * x.mean()
-    ends = np.nanquantile(slopes[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ends = np.nanquantile(slopes[1:], tails(runs, 3 * len(flops)), axis=0)
     (a, b), (c, d) = slopes[0].tolist(), intercepts[0].tolist()
     # Two budgets give a line and no idea of how far off it is.
     sure = len(flops) > 2

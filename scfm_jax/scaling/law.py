@@ -25,7 +25,7 @@ from scfm_jax.scaling.comparison import (
 from scfm_jax.scaling.forms import FORMS, Design, Form, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
-from scfm_jax.scaling.intervals import LEVEL, Interval, Parameter, bootstrap, levels, parameters_of, rank
+from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, levels, parameters_of, rank, tails
 from scfm_jax.scaling.isoflop import Parabola, Trend, budgets_of, envelope, parabolas
 from scfm_jax.scaling.least_squares import fit
 from scfm_jax.scaling.repeats import Repeats, fit_repeats
@@ -149,6 +149,11 @@ class Law:
         """Loss that the law gives every run."""
         return predict(self.form, self.design, self.estimate[None])[0]
 
+    @property
+    def tails(self) -> tuple[float, float]:
+        """Quantiles of the draws between which a 95% interval lies."""
+        return tails(len(self.runs), self.form.n_parameters)
+
 
 def design_of(runs: Runs, config: LawConfig) -> Design:
     return Design(getattr(runs, config.size), getattr(runs, config.data), runs.k)
@@ -224,7 +229,8 @@ def fit_law(
     envelopes = {
         k: line for k in design.levels if (line := envelope(design, loss, runs.flops, k)) is not None
     }
-    freedom = max(len(runs) - rank(form, design, best), 1)
+    directions = rank(form, design, best)
+    freedom, ends = max(len(runs) - directions, 1), tails(len(runs), directions)
     law = Law(
         config=config,
         runs=runs,
@@ -239,7 +245,7 @@ def fit_law(
         huber={form.names[place]: huber[form.names[place]] for place in known},
         compared=compared,
         power_law=power_law,
-        effects=_effects(form, best.parameters, draws.parameters),
+        effects=_effects(form, best.parameters, draws.parameters, ends),
         influence=driving,
         cost=cost,
         parabolas=found,
@@ -300,12 +306,12 @@ def _noise_and_effect(offset: Form, design: Design, loss: np.ndarray) -> tuple[N
     return noise, float(np.ptp(floors))
 
 
-def _effects(form: Form, best: np.ndarray, draws: np.ndarray) -> list[Effect]:
+def _effects(form: Form, best: np.ndarray, draws: np.ndarray, ends: tuple[float, float]) -> list[Effect]:
     places = [place for place, name in enumerate(form.names) if name.startswith("E[")]
     found = []
     for place in places[1:]:
         drawn = draws[:, place] - draws[:, places[0]]
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(drawn, ends)
         level = form.terms[place - len(form.exponents)].level
         assert level is not None
         found.append(Effect(level, float(best[0, place] - best[0, places[0]]), (float(low), float(high))))
@@ -330,11 +336,12 @@ def _predict_largest(
     loss = runs.loss[~left_out]
     best = fit(form, rest, loss)
     draws = bootstrap(form, rest, loss, config.draws, config.seed)
-    spread = float(np.sqrt(best.sse[0] / max(len(loss) - rank(form, rest, best), 1)))
+    directions = rank(form, rest, best)
+    spread = float(np.sqrt(best.sse[0] / max(len(loss) - directions, 1)))
     asked = design.take(left_out)
     values = predict(form, asked, draws.parameters)
     values = values + np.random.default_rng(config.seed).normal(0, spread, values.shape)
-    ends = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ends = np.quantile(values, tails(len(loss), directions), axis=0)
     return [
         Prediction(runs.name[i], float(runs.loss[i]), float(value), (float(low), float(high)))
         for i, value, low, high in zip(

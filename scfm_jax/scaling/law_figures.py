@@ -14,7 +14,6 @@ from matplotlib.lines import Line2D
 
 from scfm_jax.downstream.drawing import BLUES, DPI, INK, PALETTE, WIDTH, grid, house_style, legend_below
 from scfm_jax.scaling.forms import Design, predict
-from scfm_jax.scaling.intervals import LEVEL
 from scfm_jax.scaling.isoflop import budgets_of
 from scfm_jax.scaling.law import Law
 from scfm_jax.scaling.recommend import FARTHEST, choices_at
@@ -27,7 +26,6 @@ _DASHES: Any = [
 ]
 _FAINT = "#b4bbc1"
 _CURVES = 5  # sizes, or budgets' labels, that a reader can follow
-_TAIL = (1 - LEVEL) / 2
 _SIZE = {
     "parameters_without_embeddings": "parameters without embeddings, N",
     "parameters": "parameters, N",
@@ -199,7 +197,7 @@ def _neighbours(law: Law) -> tuple[Figure | None, str]:
         curve = Design(np.full(n, size), np.full(n, data), np.array(ks))
         middle = predict(law.form, curve, law.estimate[None])[0]
         drawn = predict(law.form, curve, law.draws)
-        ends = np.quantile(100 * (drawn / drawn[:, :1] - 1), [_TAIL, 1 - _TAIL], axis=0)
+        ends = np.quantile(100 * (drawn / drawn[:, :1] - 1), law.tails, axis=0)
         at = np.arange(n) + 0.1 * (place - (len(sizes) - 1) / 2)
         ax.fill_between(at, *ends, color=_COLOURS[place % len(_COLOURS)], alpha=0.12, linewidth=0)
         ax.plot(at, 100 * (middle / middle[0] - 1), **_style(place), linewidth=1.2)

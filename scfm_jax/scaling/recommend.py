@@ -13,7 +13,7 @@ from jaxtyping import Float64
 from scfm_jax.errors import InputError
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.scaling.frontier import optimum
-from scfm_jax.scaling.intervals import LEVEL, Interval
+from scfm_jax.scaling.intervals import Interval
 from scfm_jax.scaling.law import Law
 from scfm_jax.scaling.sizes import size_of
 from scfm_jax.training.hardware import ACCELERATORS
@@ -113,7 +113,7 @@ def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice
         of_budget = []
         for place, (k, each) in enumerate(zip(ks, found, strict=True)):
             three = np.stack([each.size[:, c], each.data[:, c], each.loss[:, c]])
-            ends = np.nanquantile(three[:, 1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+            ends = np.nanquantile(three[:, 1:], law.tails, axis=1)
             first, second, third = ((float(low), float(high)) for low, high in ends.T)
             size, data, loss = three[:, 0].tolist()
             share = float((winner[:, c] == place).mean())

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.optimize import minimize
 
-from scfm_jax.scaling.intervals import LEVEL, Interval
+from scfm_jax.scaling.intervals import Interval, tails
 
 # Of R*: below, a repeat is worth nothing, above as much as fresh data.
 LEAST, MOST = 0.05, 1e3
@@ -109,7 +109,7 @@ def fit_repeats(
     for place, (what, count) in enumerate(
         (("repeat data", n), ("are larger than unique data is worth", beyond))
     ):
-        low, high = np.quantile(found[1:, place], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        low, high = np.quantile(found[1:, place], tails(n, 2))
         why = ""
         if count < 3:
             why = f"{count} runs {what}, 3 are needed"
