@@ -15,7 +15,7 @@ from scfm_jax.scaling.forms import Design, Form, predict
 from scfm_jax.scaling.least_squares import Fitted
 
 DELTA = 1e-3
-_STARTS = 24
+_STARTS = 8
 _WIDE = 60.0  # a coefficient's logarithm may go so far from what the losses suggest
 _LEAST = 1e-12  # of a coefficient, in units of its column: its logarithm is searched
 

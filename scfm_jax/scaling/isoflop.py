@@ -17,6 +17,7 @@ from scfm_jax.scaling.intervals import Interval, draw_weights, levels, tails
 
 _SAME_BUDGET = 0.1  # spread of a budget's FLOPs, a share
 _SIZES = 4  # of a parabola: one more than it has coefficients
+_FEW = 0.05  # of bootstrap draws
 _GRID = 500  # budgets of an envelope
 
 
@@ -129,11 +130,14 @@ def _parabola(
         why = "the curvature is wrong: loss has no minimum over N"
     elif not x.min() < at[0] < x.max():
         why = "the minimum lies at the edge of the sizes"
+    solved = np.isfinite(c[1:, 2])
+    if not why and (c[1:, 2][solved] <= 0).mean() > _FEW:
+        why = "the curvature is wrong in some bootstrap draws: loss hardly bends over N"
     k, mean = int(design.k[0]), float(np.exp(np.log(flops).mean()))
     c0, c1, c2 = c[0].tolist()
     if why:
         return Parabola(mean, k, (c0, c1, c2), float(np.exp(centre)), None, None, None, None, why), vertices
-    ends = np.nanquantile(vertices[1:], tails(len(loss), 3), axis=0)
+    ends = np.quantile(vertices[1:][solved & np.isfinite(vertices[1:, 0])], tails(len(loss), 3), axis=0)
     ends[:, :2] = np.exp(ends[:, :2])
     size, data = np.exp(vertices[0, :2]).tolist()
     low = float(vertices[0, 2])
@@ -146,9 +150,15 @@ def _trend(
     k: int, flops: Float64[np.ndarray, " b"], vertices: Float64[np.ndarray, "b r 3"], runs: int
 ) -> Trend:
     x = np.log(flops)
-    x0 = x - x.mean()
-    slopes = np.einsum("b,brv->rv", x0, vertices[..., :2]) / (x0 @ x0)
-    intercepts = vertices[..., :2].mean(0) - slopes * x.mean()
+    # A draw of few sizes has no vertex at some budgets: its line goes through the others.
+    there = np.isfinite(vertices[..., 0])
+    number = np.maximum(there.sum(0), 1)[:, None]
+    y = np.where(there[..., None], vertices[..., :2], 0)
+    x0 = np.where(there, x[:, None] - (there * x[:, None]).sum(0) / number[:, 0], 0)
+    square = (x0**2).sum(0)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = np.einsum("br,brv->rv", x0, y) / np.where(square > 0, square, np.nan)
+    intercepts = y.sum(0) / number - slopes * x.mean()
     ends = np.nanquantile(slopes[1:], tails(runs, 3 * len(flops)), axis=0)
     (a, b), (c, d) = slopes[0].tolist(), intercepts[0].tolist()
     # Two budgets give a line and no idea of how far off it is.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.scaling.frontier import optimum
 from scfm_jax.scaling.intervals import Interval
 from scfm_jax.scaling.law import Law
-from scfm_jax.scaling.sizes import size_of
+from scfm_jax.scaling.sizes import Size, size_of
 from scfm_jax.training.hardware import ACCELERATORS
 
 FARTHEST = 10.0  # times the largest budget measured
@@ -196,20 +197,23 @@ def _by_parabolas(law: Law, flops: float, k: int) -> tuple[float, float] | None:
 
 def _nearest(law: Law, size: float) -> Start | None:
     """Of the recipes in experiments/ that are of the family."""
-    experiments = importlib.import_module("experiments")
-    genes = _GENES.get(law.runs.family)
-    if genes is None:
-        return None
-    starts = []
+    starts = [
+        Start(recipe, own, size / own)
+        for recipe, counted in _recipes(law.runs.family)
+        for own in [counted.parameters if law.config.size == "parameters" else counted.without_embeddings]
+    ]
+    return min(starts, key=lambda start: abs(np.log(start.ratio)), default=None)
+
+
+@functools.cache
+def _recipes(family: str) -> list[tuple[str, Size]]:
+    """Recipes of a family, and how large they are; none where it is no family of ours."""
+    experiments, found = importlib.import_module("experiments"), []
     for entry in pkgutil.iter_modules(experiments.__path__):
         module: ModuleType = importlib.import_module(f"experiments.{entry.name}")
         if not hasattr(module, "recipe"):
             continue
         config = module.recipe()
-        family = "nicheformer" if isinstance(config.model, NicheformerConfig) else "tissue"
-        if family != law.runs.family:
-            continue
-        counted = size_of(config, genes)
-        own = counted.parameters if law.config.size == "parameters" else counted.without_embeddings
-        starts.append(Start(f"experiments/{entry.name}.py", own, size / own))
-    return min(starts, key=lambda start: abs(np.log(start.ratio)), default=None)
+        if family == ("nicheformer" if isinstance(config.model, NicheformerConfig) else "tissue"):
+            found.append((f"experiments/{entry.name}.py", size_of(config, _GENES[family])))
+    return found

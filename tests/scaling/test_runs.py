@@ -17,8 +17,9 @@ from scfm_jax.scaling.runs import Runs, read_runs
 POINTS = [(1e6, 1e8, 0), (1e7, 1e8, 4), (1e7, 1e9, 0)]
 
 
-def test_columns_are_those_of_the_file(make_rows: Callable[..., Any], write_rows: Callable[..., Path]) ->
-None:
+def test_columns_are_those_of_the_file(
+    make_rows: Callable[..., Any], write_rows: Callable[..., Path]
+) -> None:
     rows = make_rows(POINTS, seeds=2)
     rows[1]["loss_se"] = None
     rows[2]["note"] = "fields of others are left alone"
