@@ -28,7 +28,7 @@ from scfm_jax.training.config import load_recipe
 
 Rows = Callable[..., list[dict[str, Any]]]
 SIZES, DATA = np.geomspace(1e6, 1e10, 6), np.geomspace(1e8, 3e11, 5)
-FEW = LawConfig(draws=200)
+FEW = LawConfig(draws=100)
 # Of Chinchilla's surface.
 ALPHA, BETA, A, B = 0.34, 0.28, 406.4, 410.7
 
