@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from scfm_jax import corpus_verbs, downstream_verbs, scaling_verbs
+from scfm_jax import corpus_verbs, downstream_verbs, scaling_law_verbs, scaling_verbs
 from scfm_jax.compilations import cache_compilations
 from scfm_jax.console import print_build, print_json
 from scfm_jax.errors import DataWarning, InputError
@@ -246,6 +246,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     **corpus_verbs.VERBS,
     "train": train,
     **scaling_verbs.VERBS,
+    **scaling_law_verbs.VERBS,
     "embed": embed,
     **downstream_verbs.VERBS,
     "import": import_weights,

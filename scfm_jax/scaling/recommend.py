@@ -1,0 +1,219 @@
+"""What to train for a budget: size, data and neighbours on a law's frontier, and the recipe to start from."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+from jaxtyping import Float64
+
+from scfm_jax.errors import InputError
+from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.scaling.frontier import optimum
+from scfm_jax.scaling.intervals import Interval
+from scfm_jax.scaling.law import Law
+from scfm_jax.scaling.sizes import Size, size_of
+from scfm_jax.training.hardware import ACCELERATORS
+
+FARTHEST = 10.0  # times the largest budget measured
+DEFAULT_MFU = 0.35
+# Of the published vocabularies; embeddings are not compared where N leaves them out.
+_GENES = {"tissue": 19_264, "nicheformer": 20_310}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best at one k.
+
+    `share` is that of bootstrap draws in which this k is the best of all.
+    """
+
+    k: int
+    size: float
+    data: float
+    loss: float
+    size_interval: Interval
+    data_interval: Interval
+    loss_interval: Interval
+    share: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """The recipe whose size is nearest, and how many times its size is asked for."""
+
+    recipe: str
+    parameters: int
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What a budget is best spent on.
+
+    Attributes
+    ----------
+    flops
+        The budget.
+    choices
+        For each k, the best first.
+    size_field, data_field
+        What N and D are.
+    measured
+        Least and greatest FLOPs, N and D of the runs.
+    remarks
+        Where the answer lies beyond what was measured, and anything that was overridden.
+    isoflop
+        N and D that the vertices of IsoFLOP parabolas lead to at the best k; None where there are no two.
+    start
+        None where no recipe is of the family.
+    """
+
+    flops: float
+    choices: list[Choice]
+    size_field: str
+    data_field: str
+    measured: dict[str, Interval]
+    remarks: list[str]
+    isoflop: tuple[float, float] | None
+    start: Start | None
+
+
+def budget_of(chips: int, hours: float, device: str, mfu: float = DEFAULT_MFU) -> float:
+    """Model FLOPs that so many chips do in so many hours at a share `mfu` of their dense bf16 peak.
+
+    Raises
+    ------
+    InputError
+        Another device, or a number that is out of range.
+    """
+    if device not in ACCELERATORS:
+        raise InputError("--device", f"{device!r} is not known", f"give one of {', '.join(ACCELERATORS)}")
+    if chips < 1:
+        raise InputError("--chips", f"{chips} is no number of chips", "give 1 or more")
+    if not 0 < hours < float("inf"):
+        raise InputError("--hours", f"{hours} is no time", "give hours above 0")
+    if not 0 < mfu <= 1:
+        raise InputError("--mfu", f"{mfu} is no share of the peak", "give a number from 0 to 1")
+    return chips * hours * 3600 * ACCELERATORS[device].peak_flops * mfu
+
+
+def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice]]:
+    """For each budget the best at every k, least loss first."""
+    parameters = np.concatenate([law.estimate[None], law.draws])
+    ks = law.design.levels
+    found = [optimum(law.form, parameters, law.cost, k, budgets) for k in ks]
+    losses = np.stack([each.loss for each in found])
+    winner = np.where(np.isfinite(losses), losses, np.inf).argmin(0)[1:]
+    rows = []
+    for c in range(len(budgets)):
+        of_budget = []
+        for place, (k, each) in enumerate(zip(ks, found, strict=True)):
+            three = np.stack([each.size[:, c], each.data[:, c], each.loss[:, c]])
+            ends = np.nanquantile(three[:, 1:], law.tails, axis=1)
+            first, second, third = ((float(low), float(high)) for low, high in ends.T)
+            size, data, loss = three[:, 0].tolist()
+            share = float((winner[:, c] == place).mean())
+            of_budget.append(Choice(k, size, data, loss, first, second, third, share))
+        rows.append(sorted(of_budget, key=lambda choice: choice.loss))
+    return rows
+
+
+def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommendation:
+    """The best size, data and neighbours for a budget.
+
+    Parameters
+    ----------
+    flops
+        Model FLOPs of the whole training.
+    extrapolate
+        Answer where the law refuses to: parameters at the edge of their grid or not identified, FLOPs that
+        follow no power law, or past ten times the largest budget measured.
+
+    Raises
+    ------
+    InputError
+        A refusal; or, even if asked, a law in which N or D has no effect.
+    """
+    if not 0 < flops < float("inf"):
+        raise InputError("--flops", f"{flops} is no budget", "give FLOPs above 0")
+    if law.form.exponents[:2] != ("alpha", "beta"):
+        raise InputError(
+            "the law", "; ".join(law.refusals), "measure runs of three sizes and three amounts of data"
+        )
+    override = "add --extrapolate to have an answer all the same"
+    remarks = []
+    if law.refusals:
+        if not extrapolate:
+            raise InputError("the law", "; ".join(law.refusals), override)
+        remarks += law.refusals
+    low, high = float(law.runs.flops.min()), float(law.runs.flops.max())
+    times = flops / high if flops > high else low / flops
+    side = "above the largest" if flops > high else "below the smallest"
+    if times > 1:
+        far = f"{flops:.3g} FLOPs are {times:.3g} times {side} budget measured ({low:.3g} to {high:.3g})"
+        if times > FARTHEST and not extrapolate:
+            raise InputError("--flops", far, override)
+        remarks.append(far)
+    choices = choices_at(law, np.array([flops]))[0]
+    best = choices[0]
+    if not np.isfinite(best.loss):
+        raise InputError("the law", "N or D has no effect, so that no optimum is", "measure more runs")
+    measured = {
+        "flops": (low, high),
+        "size": (float(law.design.size.min()), float(law.design.size.max())),
+        "data": (float(law.design.data.min()), float(law.design.data.max())),
+    }
+    for name, value in (("size", best.size), ("data", best.data)):
+        least, most = measured[name]
+        if not least <= value <= most:
+            letter = "N" if name == "size" else "D"
+            remarks.append(
+                f"{letter} = {value:.3g} lies outside of what was measured, {least:.3g} to {most:.3g}"
+            )
+    return Recommendation(
+        flops=flops,
+        choices=choices,
+        size_field=law.config.size,
+        data_field=law.config.data,
+        measured=measured,
+        remarks=remarks,
+        isoflop=_by_parabolas(law, flops, best.k),
+        start=_nearest(law, best.size),
+    )
+
+
+def _by_parabolas(law: Law, flops: float, k: int) -> tuple[float, float] | None:
+    for trend in law.trends:
+        if trend.k == k:
+            size = np.exp(trend.size_intercept + trend.size_exponent * np.log(flops))
+            return float(size), float(np.exp(trend.data_intercept + trend.data_exponent * np.log(flops)))
+    return None
+
+
+def _nearest(law: Law, size: float) -> Start | None:
+    """Of the recipes in experiments/ that are of the family."""
+    starts = [
+        Start(recipe, own, size / own)
+        for recipe, counted in _recipes(law.runs.family)
+        for own in [counted.parameters if law.config.size == "parameters" else counted.without_embeddings]
+    ]
+    return min(starts, key=lambda start: abs(np.log(start.ratio)), default=None)
+
+
+@functools.cache
+def _recipes(family: str) -> list[tuple[str, Size]]:
+    """Recipes of a family, and how large they are; none where it is no family of ours."""
+    experiments, found = importlib.import_module("experiments"), []
+    for entry in pkgutil.iter_modules(experiments.__path__):
+        module: ModuleType = importlib.import_module(f"experiments.{entry.name}")
+        if not hasattr(module, "recipe"):
+            continue
+        config = module.recipe()
+        if family == ("nicheformer" if isinstance(config.model, NicheformerConfig) else "tissue"):
+            found.append((f"experiments/{entry.name}.py", size_of(config, _GENES[family])))
+    return found

@@ -1,0 +1,210 @@
+"""Training runs of a scaling study as they stand in a results file: one JSON object a line.
+
+The held-out loss of every run is that of the same centre cells, masked genes and panel, or runs cannot be
+compared. Fields that are not listed here are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from scfm_jax.errors import InputError
+
+SizeField = Literal["parameters_without_embeddings", "parameters"]
+DataField = Literal["unique_cells", "cells", "tokens"]
+_TEXT = ("name", "family")
+_WHOLE = ("k", "seed")
+_POSITIVE = (
+    "parameters",
+    "parameters_without_embeddings",
+    "cells",
+    "tokens",
+    "unique_cells",
+    "epochs",
+    "flops",
+)
+_MEND = "let scfm scaling run write it, or see docs/scaling.md for the fields"
+_NAMED = 5  # runs in a message
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs of one family, as columns.
+
+    Attributes
+    ----------
+    name
+        Of each run; no two are the same.
+    family
+        Of models, as ``tissue`` or ``nicheformer``.
+    k
+        Neighbours of a centre cell.
+    parameters, parameters_without_embeddings
+        Scalars that were trained.
+    cells, tokens
+        Centre cells and tokens that training went through, repeats counted.
+    unique_cells
+        Different cells that training read, neighbours included.
+    epochs
+        How often the training cells were seen, a fraction where not all were.
+    flops
+        Model FLOPs of the whole training.
+    loss, loss_se
+        Held-out loss, and its standard error over spatial blocks (NaN where it is not known).
+    """
+
+    name: tuple[str, ...]
+    family: str
+    seed: Int64[np.ndarray, " n"]
+    k: Int64[np.ndarray, " n"]
+    parameters: Float64[np.ndarray, " n"]
+    parameters_without_embeddings: Float64[np.ndarray, " n"]
+    cells: Float64[np.ndarray, " n"]
+    tokens: Float64[np.ndarray, " n"]
+    unique_cells: Float64[np.ndarray, " n"]
+    epochs: Float64[np.ndarray, " n"]
+    flops: Float64[np.ndarray, " n"]
+    loss: Float64[np.ndarray, " n"]
+    loss_se: Float64[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.name)
+
+    def take(self, places: np.ndarray) -> Runs:
+        """The runs at these places, or where a mask is true."""
+        at = np.flatnonzero(places) if places.dtype == bool else places
+        arrays = {
+            field.name: getattr(self, field.name)[at]
+            for field in fields(self)
+            if field.name not in ("name", "family")
+        }
+        return replace(self, name=tuple(self.name[i] for i in at), **arrays)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """As in the file."""
+        columns = asdict(self) | {"name": list(self.name), "family": [self.family] * len(self)}
+        listed = {key: value if isinstance(value, list) else value.tolist() for key, value in columns.items()}
+        rows = [dict(zip(listed, row, strict=True)) for row in zip(*listed.values(), strict=True)]
+        return [row | {"loss_se": None if math.isnan(row["loss_se"]) else row["loss_se"]} for row in rows]
+
+
+def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) -> tuple[Runs, list[str]]:
+    """Read a results file; returns the runs, and the names of those that were dropped for their loss.
+
+    Parameters
+    ----------
+    path
+        JSON lines.
+    family
+        Whose runs to take, where the file has several.
+    drop_nan
+        Leave runs out whose loss is no number, instead of refusing them.
+
+    Raises
+    ------
+    InputError
+        No file, no runs, a line that is no run, a field that is missing or of the wrong kind, a loss that is
+        no number, the same run twice, several families.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read ({error})", "give a results file of JSON lines") from error
+    rows = [
+        _checked(line, f"{path}:{number}")
+        for number, line in enumerate(text.splitlines(), start=1)
+        if line.strip()
+    ]
+    families = sorted({row["family"] for row in rows})
+    if family is not None:
+        rows = [row for row in rows if row["family"] == family]
+        if not rows:
+            raise InputError(
+                path, f"has no runs of family {family!r}", f"ask for one of {', '.join(families)}"
+            )
+    elif len(families) > 1:
+        raise InputError(
+            path, f"holds runs of {len(families)} families", f"add --family {'|'.join(families)}"
+        )
+    if not rows:
+        raise InputError(path, "holds no runs", _MEND)
+    lost = [row["name"] for row in rows if not math.isfinite(row["loss"])]
+    if lost and not drop_nan:
+        raise InputError(path, f"loss is no number in {_listed(lost)}", "add --drop-nan to leave them out")
+    return runs_of([row for row in rows if math.isfinite(row["loss"])], path), lost
+
+
+def runs_of(rows: list[dict[str, Any]], where: Path | str) -> Runs:
+    """Columns of checked rows of one family.
+
+    Raises
+    ------
+    InputError
+        None are left, or the same run twice.
+    """
+    if not rows:
+        raise InputError(where, "holds no run with a loss", "train again, or give another file")
+    what = "take one of them out"
+    for name, times in Counter(row["name"] for row in rows).items():
+        if times > 1:
+            raise InputError(where, f"name {name!r} stands on {times} lines", what)
+    seen: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        key = tuple(row[field] for field in (*_WHOLE, *_POSITIVE))
+        if key in seen:
+            problem = f"{seen[key]!r} and {row['name']!r} are the same run (size, data, k and seed)"
+            raise InputError(where, problem, what)
+        seen[key] = row["name"]
+    return Runs(
+        name=tuple(row["name"] for row in rows),
+        family=rows[0]["family"],
+        **{field: np.array([row[field] for row in rows], np.int64) for field in _WHOLE},
+        **{field: np.array([row[field] for row in rows], np.float64) for field in (*_POSITIVE, "loss")},
+        loss_se=np.array([math.nan if row["loss_se"] is None else row["loss_se"] for row in rows]),
+    )
+
+
+def _checked(line: str, where: str) -> dict[str, Any]:
+    """One row with a value of the right kind in each field."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(where, f"is no JSON ({error.msg})", _MEND) from error
+    if not isinstance(row, dict):
+        raise InputError(where, "is no JSON object", _MEND)
+    missing = [field.name for field in fields(Runs) if field.name not in row]
+    if missing:
+        raise InputError(where, f"lacks {', '.join(missing)}", _MEND)
+    for field in _TEXT:
+        if not isinstance(row[field], str) or not row[field]:
+            raise InputError(where, f"{field} is {row[field]!r}, no name", _MEND)
+    for field in _WHOLE:
+        if not isinstance(row[field], int) or isinstance(row[field], bool) or row[field] < 0:
+            raise InputError(where, f"{field} is {row[field]!r}, no whole number from 0", _MEND)
+    for field in _POSITIVE:
+        if not _is_number(row[field]) or not 0 < row[field] < math.inf:
+            raise InputError(where, f"{field} is {row[field]!r}, no number above 0", _MEND)
+    if row["loss"] is None:
+        row["loss"] = math.nan
+    if not _is_number(row["loss"]) or row["loss"] <= 0:
+        raise InputError(where, f"loss is {row['loss']!r}; its logarithm is fitted", "give losses above 0")
+    if row["loss_se"] is not None and (not _is_number(row["loss_se"]) or row["loss_se"] < 0):
+        raise InputError(where, f"loss_se is {row['loss_se']!r}, no number from 0", "give one, or null")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

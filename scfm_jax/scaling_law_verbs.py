@@ -1,0 +1,302 @@
+"""The verbs ``scfm scaling fit``, ``scfm scaling plot`` and ``scfm scaling recommend``, each thin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from scfm_jax.console import Bar, print_json
+from scfm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from scfm_jax.scaling.law import Law
+    from scfm_jax.scaling.recommend import Recommendation
+
+_NAMED = 3  # runs of a kind
+
+
+def fit(
+    results: Positional[Path],
+    /,
+    output: Annotated[Path, arg(aliases=["-o"])],
+    family: str | None = None,
+    size: Literal["parameters_without_embeddings", "parameters"] = "parameters_without_embeddings",
+    data: Literal["unique_cells", "cells", "tokens"] = "unique_cells",
+    form: Literal["plain", "offset", "offset_size", "offset_data", "power", "power_size"] | None = None,
+    draws: int = 1_000,
+    held_out: int = 1,
+    repeats: bool = False,
+    drop_nan: bool = False,
+    delta: float = 1e-3,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Fit a scaling law to the runs of a results file: parameters with intervals, or why they have none.
+
+    Parameters
+    ----------
+    results
+        JSON lines, one run each; docs/scaling.md lists the fields.
+    output
+        The new file of the law (.json), for scfm scaling plot and recommend.
+    family
+        Whose runs, where the file has several.
+    size
+        What N is.
+    data
+        What D is.
+    form
+        Of the law; offset if not given (a floor for each k), or plain where there is one k.
+    draws
+        Of the bootstrap over runs.
+    held_out
+        Largest budgets of FLOPs whose runs to predict from the others; 0 for none.
+    repeats
+        Fit the law to runs of one epoch or less, and what repeated data is worth to the others.
+    drop_nan
+        Leave runs out whose loss is no number.
+    delta
+        Of the Huber estimator, in log loss.
+    seed
+        Of what is drawn.
+    json
+        Print the law as JSON, without runs and draws.
+    """
+    from scfm_jax.downstream.outputs import check_new, written_whole
+    from scfm_jax.scaling.law import LawConfig, fit_law
+    from scfm_jax.scaling.law_file import record_of, write_law
+    from scfm_jax.scaling.runs import read_runs
+
+    for flag, value, least in (("--draws", draws, 100), ("--held-out", held_out, 0)):
+        if value < least:
+            raise InputError(flag, f"{value} is too few", f"give {least} or more")
+    if not 0 < delta < 1:
+        raise InputError("--delta", f"{delta} is no deviation of a log loss", "give a number from 0 to 1")
+    check_new(output)
+    runs, dropped = read_runs(results, family=family, drop_nan=drop_nan)
+    config = LawConfig(size, data, form, draws, held_out, repeats, delta, seed)
+    with Bar("fitting", quiet=json) as bar:
+        law = fit_law(runs, config, dropped=dropped, where=results, progress=bar.update)
+    with written_whole(output) as partial:
+        write_law(law, partial)
+    if json:
+        print_json({key: value for key, value in record_of(law).items() if key not in ("runs", "draws")})
+        return
+    print("\n".join(_law_lines(law)))
+    print(f"the law: {output}")
+
+
+def plot(law: Positional[Path], out: Positional[Path], /, json: bool = False) -> None:
+    """Draw a law: loss against compute, IsoFLOP curves, residuals, k, intervals, predictions; PNG and SVG.
+
+    Parameters
+    ----------
+    law
+        A file that scfm scaling fit wrote.
+    out
+        The new folder.
+    json
+        Print the captions as JSON.
+    """
+    from scfm_jax.downstream.outputs import check_new, written_whole
+    from scfm_jax.scaling.law_figures import draw_law
+    from scfm_jax.scaling.law_file import read_law
+
+    check_new(out)
+    with written_whole(out) as partial:
+        captions = draw_law(read_law(law), partial)
+    if json:
+        print_json(captions)
+        return
+    for name, caption in captions.items():
+        drawn = (out / f"{name}.png").exists()
+        print(f"{name}: {caption}" if drawn else f"{name}: not drawn, {caption}")
+    print(f"the figures: {out}")
+
+
+def recommend(
+    law: Positional[Path],
+    /,
+    flops: float | None = None,
+    chips: int | None = None,
+    hours: float | None = None,
+    device: str | None = None,
+    mfu: float = 0.35,
+    extrapolate: bool = False,
+    json: bool = False,
+) -> None:
+    """Say which size, data and neighbours a budget is best spent on, and the recipe to start from.
+
+    Parameters
+    ----------
+    law
+        A file that scfm scaling fit wrote.
+    flops
+        The budget in model FLOPs of the whole training; or give --chips, --hours and --device.
+    chips
+        Accelerators.
+    hours
+        For which they train.
+    device
+        v4, v5e, v5p, v6e, a100, h100, h200 or b200.
+    mfu
+        Share of their dense bf16 peak that is reached as model FLOPs; scfm plan says at most how much.
+    extrapolate
+        Answer where the law refuses to, and say why it would.
+    json
+        Print the answer as JSON.
+    """
+    import dataclasses
+
+    from scfm_jax.scaling import recommend as frontier
+    from scfm_jax.scaling.law_file import read_law
+
+    machine = (chips, hours, device)
+    if any(each is not None for each in machine) if flops is not None else None in machine:
+        raise InputError(
+            "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"
+        )
+    if flops is None:
+        assert chips is not None and hours is not None and device is not None
+        flops = frontier.budget_of(chips, hours, device, mfu)
+    fitted = read_law(law)
+    answer = frontier.recommend(fitted, flops, extrapolate=extrapolate)
+    if json:
+        print_json(dataclasses.asdict(answer))
+    else:
+        print("\n".join(_recommendation_lines(answer)))
+
+
+def _law_lines(law: Law) -> list[str]:
+    """The law for a reader."""
+    runs = f"{len(law.runs)} runs of {law.runs.family}"
+    dropped = f"; {len(law.dropped)} without a loss left out: {', '.join(law.dropped)}" if law.dropped else ""
+    return [
+        f"L(N, D, k) = {law.form.equation}, N {law.config.size}, D {law.config.data}; {runs}{dropped}",
+        "",
+        *_parameter_lines(law),
+        "",
+        *_neighbour_lines(law),
+        "",
+        *_form_lines(law),
+        "",
+        *_budget_lines(law),
+        *_repeat_lines(law),
+        *_run_lines(law),
+    ]
+
+
+def _parameter_lines(law: Law) -> list[str]:
+    lines = [f"{'parameter':<12}{'value':>10}  {'95%, bootstrap':<24}{'95%, profile':<24}{'Huber':>10}"]
+    for each in law.parameters:
+        if each.value is None or each.bootstrap is None or each.profile is None:
+            lines.append(f"{each.name:<12}not identified: {each.why}")
+            continue
+        ends = f"{_interval(each.bootstrap):<24}{_interval(each.profile):<24}"
+        lines.append(f"{each.name:<12}{each.value:>10.4g}  {ends}{law.huber[each.name]:>10.4g}")
+    return lines
+
+
+def _neighbour_lines(law: Law) -> list[str]:
+    seeds = law.noise.freedom > 0
+    noise = f"{law.noise.deviation:.3g} between seeds" if seeds else "not measured, no seed was repeated"
+    lines, least = [f"residuals {law.deviation:.3g}; noise {noise}"], law.design.levels[0]
+    for each in law.effects:
+        lines.append(f"k = {each.k} against {least}: {each.difference:+.3g} {_interval(each.interval)}")
+    if len(law.design.levels) > 1 and law.power_law:
+        lines.append(f"power law in k: not identified, {law.power_law}")
+    return lines
+
+
+def _form_lines(law: Law) -> list[str]:
+    lines = [f"{'form':<14}{'parameters':>10}{'held-out error':>16}{'AICc':>12}"]
+    for each in law.compared:
+        error = "-" if each.held_out_error is None else f"{each.held_out_error:.3%}"
+        aic = "-" if each.aic is None else f"{each.aic:.1f}"
+        alone = f"  ({each.unpredictable} runs alone at their k)" if each.unpredictable else ""
+        lines.append(f"{each.form:<14}{each.parameters:>10}{error:>16}{aic:>12}{alone}")
+    return lines
+
+
+def _budget_lines(law: Law) -> list[str]:
+    lines = []
+    for trend in law.trends:
+        interval = f" {_interval(trend.size_interval)}" if trend.size_interval else ""
+        best = f"N* ~ C^{trend.size_exponent:.3f}{interval}, D* ~ C^{trend.data_exponent:.3f}"
+        lines.append(f"IsoFLOP, k = {trend.k}: {best} ({trend.budgets} budgets)")
+    for each in law.parabolas:
+        if each.why:
+            lines.append(f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}")
+    for k, (slope, _) in law.envelopes.items():
+        lines.append(f"envelope, k = {k}: N* ~ C^{slope:.3f}")
+    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals)]
+
+
+def _repeat_lines(law: Law) -> list[str]:
+    if law.repeats is None:
+        return []
+    lines = []
+    for what, value, ends, why in (
+        ("data", law.repeats.data, law.repeats.data_interval, law.repeats.data_why),
+        ("size", law.repeats.size, law.repeats.size_interval, law.repeats.size_why),
+    ):
+        said = f"{value:.3g} {_interval(ends)}" if value is not None and ends else f"not identified: {why}"
+        lines.append(f"R* of {what}, {law.repeats.runs} repeated runs: {said}")
+    return lines
+
+
+def _run_lines(law: Law) -> list[str]:
+    lines = []
+    for each in law.predictions[:_NAMED]:
+        said = f"{each.predicted:.4g} {_interval(each.interval)}, measured {each.measured:.4g}"
+        lines.append(f"left out and predicted: {each.run} {said}")
+    inside = sum(each.interval[0] <= each.measured <= each.interval[1] for each in law.predictions)
+    number = len(law.predictions)
+    if number:
+        lines.append(f"of {number} largest runs, {inside} lie in the interval of their prediction")
+    else:
+        lines.append(f"largest runs not predicted: {law.predictions_why}")
+    driving = [
+        f"{each.run} ({each.parameter} {each.shift:+.2f} standard errors)" for each in law.influence[:_NAMED]
+    ]
+    return [*lines, *([f"runs that drive the fit: {', '.join(driving)}"] if driving else [])]
+
+
+def _recommendation_lines(answer: Recommendation) -> list[str]:
+    """The answer for a reader."""
+    best, rest = answer.choices[0], answer.choices[1:]
+    lines = [
+        f"{answer.flops:.3g} FLOPs are best spent on",
+        f"  N     {best.size:.3g} {_interval(best.size_interval)} {answer.size_field}",
+        f"  D     {best.data:.3g} {_interval(best.data_interval)} {answer.data_field}",
+        f"  k     {best.k}, the best in {best.share:.0%} of draws",
+        f"  loss  {best.loss:.4g} {_interval(best.loss_interval)}",
+    ]
+    for other in rest:
+        lines.append(
+            f"  with k = {other.k}: N {other.size:.3g}, D {other.data:.3g}, loss {other.loss:.4g} "
+            f"{_interval(other.loss_interval)}, the best in {other.share:.0%}"
+        )
+    if answer.isoflop:
+        lines.append(f"  by IsoFLOP parabolas: N {answer.isoflop[0]:.3g}, D {answer.isoflop[1]:.3g}")
+    if answer.start is not None:
+        lines.append(
+            f"start from {answer.start.recipe}: {answer.start.parameters:,} {answer.size_field}, of which "
+            f"{answer.start.ratio:.3g} times are asked for; --data.sample.neighbours {best.k}"
+        )
+    ranges = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in answer.measured.items())
+    return [*lines, f"it rests on runs of {ranges}", *(f"beware: {remark}" for remark in answer.remarks)]
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"[{ends[0]:.4g}, {ends[1]:.4g}]"
+
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "scaling fit": fit,
+    "scaling plot": plot,
+    "scaling recommend": recommend,
+}

@@ -1,0 +1,472 @@
+"""Laws of known surfaces: published ones, the frontier, forms compared, runs that drive a fit, repeated data."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+
+from scfm_jax.errors import InputError
+from scfm_jax.scaling.forms import Design, make_form
+from scfm_jax.scaling.frontier import cost_of
+from scfm_jax.scaling.isoflop import budgets_of, envelope, parabolas
+from scfm_jax.scaling.law import Law, LawConfig, fit_law
+from scfm_jax.scaling.law_file import read_law, record_of, write_law
+from scfm_jax.scaling.least_squares import fit
+from scfm_jax.scaling.recommend import budget_of, choices_at, recommend
+from scfm_jax.scaling.repeats import effective
+from scfm_jax.scaling.runs import Runs, runs_of
+from scfm_jax.scaling.sizes import size_of
+from scfm_jax.training.config import load_recipe
+
+Rows = Callable[..., list[dict[str, Any]]]
+SIZES, DATA = np.geomspace(1e6, 1e10, 6), np.geomspace(1e8, 3e11, 5)
+FEW = LawConfig(draws=100)
+# Of Chinchilla's surface.
+ALPHA, BETA, A, B = 0.34, 0.28, 406.4, 410.7
+
+
+def grid(ks: tuple[int, ...] = (0,)) -> list[tuple[float, float, int]]:
+    return [(float(n), float(d), k) for n, d, k in itertools.product(SIZES, DATA, ks)]
+
+
+def with_neighbours(size: float, data: float, k: int) -> float:
+    return 1.69 + A / size**ALPHA + B / data**BETA - 0.06 * math.log2(1 + k)
+
+
+def value(law: Law, name: str) -> float:
+    found = next(parameter for parameter in law.parameters if parameter.name == name)
+    assert found.value is not None, found.why
+    return found.value
+
+
+def optimal_size(flops: float) -> float:
+    """N* of Chinchilla's surface by SciPy, on C = 6 N D."""
+
+    def loss(log_size: float) -> float:
+        size = math.exp(log_size)
+        return A / size**ALPHA + B / (flops / 6 / size) ** BETA
+
+    return math.exp(minimize_scalar(loss, bounds=(5, 35), method="bounded", options={"xatol": 1e-10}).x)
+
+
+@pytest.fixture(scope="module")
+def law(make_rows: Rows) -> Law:
+    """Three k, two seeds."""
+    rows = make_rows(grid((0, 4, 16)), with_neighbours, noise=0.004, seeds=2)
+    return fit_law(runs_of(rows, "runs"), FEW)
+
+
+# ---- published surfaces
+
+
+def test_single_cell_masked_language_models(make_rows: Rows) -> None:
+    """Exponent .234 of size and a floor of about 1.44, as published for masked models of single cells.
+
+    How often intervals hold them is in test_intervals.
+    """
+
+    def surface(size: float, data: float, k: int) -> float:
+        return 1.44 + 30.0 / size**0.234 + 60.0 / data**0.4
+
+    points = list(itertools.product(np.geomspace(1e5, 1e9, 7), np.geomspace(1e6, 1e10, 6), (0,)))
+    exact = fit_law(runs_of(make_rows(points, surface), "runs"), LawConfig(draws=100))
+    for parameter, truth in zip(exact.parameters, (0.234, 0.4, 1.44, 30.0, 60.0), strict=True):
+        assert parameter.value == pytest.approx(truth, rel=1e-4)
+        assert exact.huber[parameter.name] == pytest.approx(truth, rel=0.01)
+    noisy = fit_law(runs_of(make_rows(points, surface, noise=0.002), "runs"), LawConfig(draws=100))
+    assert value(noisy, "alpha") == pytest.approx(0.234, abs=0.01)
+    assert value(noisy, "E") == pytest.approx(1.44, abs=0.05)
+    assert noisy.huber["alpha"] == pytest.approx(0.234, abs=0.01)
+
+
+def isoflop_design(
+    centre: float, half_width: float, budgets: np.ndarray, sizes: int = 9
+) -> tuple[Design, np.ndarray, np.ndarray]:
+    """Sizes around `centre` times the best, on budgets; Chinchilla's loss without noise, and FLOPs."""
+    flops = np.repeat(budgets, sizes)
+    best = np.repeat([optimal_size(budget) for budget in budgets], sizes)
+    size = best * centre * np.exp(np.tile(np.linspace(-half_width, half_width, sizes), len(budgets)))
+    data = flops / (6 * size)
+    return Design(size, data, np.zeros(len(size), np.int64)), 1.69 + A / size**ALPHA + B / data**BETA, flops
+
+
+def test_three_approaches_agree_on_chinchillas_surface(make_rows: Rows) -> None:
+    """The exponent of N* is beta / (alpha + beta) = .4516 by the law, by parabolas and by the envelope."""
+    exact = BETA / (ALPHA + BETA)
+    budgets = np.geomspace(1e18, 1e22, 9)
+    design, loss, flops = isoflop_design(1.0, 1.2, budgets)
+    _, (trend,) = parabolas(design, loss, flops, draws=20, seed=0)
+    assert trend.size_exponent == pytest.approx(exact, abs=0.003)
+    assert trend.size_exponent + trend.data_exponent == pytest.approx(1, abs=1e-9)
+    assert math.exp(trend.size_intercept + trend.size_exponent * math.log(1e20)) == pytest.approx(
+        optimal_size(1e20), rel=0.05
+    )
+    # Curves of loss over compute for each size, the envelope of which gives N*.
+    points = [(n, c / (6 * n), 0) for n in np.geomspace(1e7, 1e11, 33) for c in np.geomspace(1e18, 1e22, 41)]
+    runs = runs_of(make_rows(points), "runs")
+    curves = Design(runs.parameters_without_embeddings, runs.cells, runs.k)
+    line = envelope(curves, runs.loss, runs.flops, 0)
+    assert line is not None and line[0] == pytest.approx(exact, abs=0.01)
+    fitted = fit_law(runs.take(np.arange(0, len(runs), 9)), FEW)
+    assert value(fitted, "beta") / (value(fitted, "alpha") + value(fitted, "beta")) == pytest.approx(
+        exact, rel=1e-4
+    )
+    assert value(fitted, "E") == pytest.approx(1.69, rel=1e-4)
+
+
+def test_parabolas_are_biased_where_the_sum_of_powers_is_not(make_rows: Rows) -> None:
+    """Approach 2's known bias, without any noise: it grows with the width of the sizes and with their offset."""
+    budgets = np.geomspace(1e18, 1e22, 5)
+
+    def off(centre: float, half_width: float) -> float:
+        found, _ = parabolas(*isoflop_design(centre, half_width, budgets), draws=20, seed=0)
+        sizes = np.array([parabola.size for parabola in found], np.float64)
+        ratios = sizes / [optimal_size(budget) for budget in budgets]
+        assert np.ptp(ratios) < 1e-6  # all budgets are off alike, so that the exponent is not
+        return float(ratios[0] - 1)
+
+    assert off(1.0, 0.3) == pytest.approx(0.0007, abs=2e-4)
+    assert off(1.0, 1.2) == pytest.approx(0.011, abs=2e-3)
+    assert off(1.0, 2.5) == pytest.approx(0.047, abs=2e-3)
+    assert off(10.0, 2.5) == pytest.approx(0.21, abs=0.01)
+    assert off(0.1, 2.5) == pytest.approx(-0.30, abs=0.01)
+    # Sizes that fall behind as budgets grow bias the exponent too; the law of the same runs is right.
+    parts = [
+        isoflop_design(centre, 2.5, budgets[[i]])
+        for i, centre in enumerate(np.geomspace(1, 0.2, len(budgets)))
+    ]
+    design = Design(
+        *(np.concatenate([getattr(part[0], name) for part in parts]) for name in ("size", "data", "k"))
+    )
+    loss, flops = (np.concatenate([part[at] for part in parts]) for at in (1, 2))
+    exact = BETA / (ALPHA + BETA)
+    assert parabolas(design, loss, flops, draws=20, seed=0)[1][0].size_exponent < exact - 0.015
+    alpha, beta = fit(make_form("plain", (0,)), design, loss).parameters[0, :2]
+    assert beta / (alpha + beta) == pytest.approx(exact, rel=1e-5)
+
+
+def test_parabolas_without_a_minimum_inside_are_refused() -> None:
+    budgets = np.array([1e20])
+    for centre, word in ((30.0, "edge"), (0.03, "edge")):
+        found, trends = parabolas(*isoflop_design(centre, 1.0, budgets), draws=20, seed=0)
+        assert [parabola.size for parabola in found] == [None] and word in found[0].why and trends == []
+    design, loss, flops = isoflop_design(1.0, 1.0, budgets)
+    found, _ = parabolas(design, 5 - loss, flops, draws=20, seed=0)
+    assert "curvature is wrong" in found[0].why and found[0].size is None
+
+
+def test_budgets_are_runs_of_about_the_same_flops() -> None:
+    flops = np.array([1e18, 3e19, 1.04e18, 1.09e18, 1.2e18, 2.9e19])
+    np.testing.assert_array_equal(budgets_of(flops), [0, 2, 0, 0, 1, 2])
+
+
+# ---- the frontier
+
+
+def test_the_frontier_is_scipys(law: Law) -> None:
+    """N*, D* and L* at each k, where neighbours cost k + 1 cells' FLOPs."""
+    budget = 3e20
+    parameters = dict(zip(law.form.names, law.estimate, strict=True))
+    (row,) = choices_at(law, np.array([budget]))
+    for choice in row:
+
+        def loss(log_size: float, k: int = choice.k) -> float:
+            size = math.exp(log_size)
+            data = budget / (6 * (k + 1) * size)
+            return float(
+                parameters[f"E[k={k}]"]
+                + parameters["A"] / size ** parameters["alpha"]
+                + parameters["B"] / data ** parameters["beta"]
+            )
+
+        best = minimize_scalar(loss, bounds=(5, 35), method="bounded", options={"xatol": 1e-10})
+        assert choice.size == pytest.approx(math.exp(best.x), rel=1e-4)
+        assert choice.data == pytest.approx(budget / (6 * (choice.k + 1) * choice.size), rel=1e-6)
+        assert choice.loss == pytest.approx(best.fun, rel=1e-9)
+        assert choice.size_interval[0] < choice.size < choice.size_interval[1]
+    assert [choice.loss for choice in row] == sorted(choice.loss for choice in row)
+    assert sum(choice.share for choice in row) == pytest.approx(1)
+
+
+def test_neighbours_pay_from_some_budget_on(law: Law) -> None:
+    """They take .06 off the loss for each doubling at 1 + k times the cost: little compute is better spent alone."""
+    small, large = choices_at(law, np.array([1e17, 1e25]))
+    assert (small[0].k, large[0].k) == (0, 16)
+
+
+def test_costs_of_cells() -> None:
+    """FLOPs a cell = kappa_k N^u; passes are cells seen for each unit of data."""
+    rng = np.random.default_rng(0)
+    size, k = 10 ** rng.uniform(5, 9, 60), rng.choice([0, 8], 60)
+    data = 10 ** rng.uniform(5, 8, 60)
+    cells = data * np.where(k == 0, 3.0, 2.0)
+    flops = cells * np.where(k == 0, 600.0, 5e3) * size**0.93
+    cost = cost_of(Design(size, data, k), cells, flops)
+    assert cost.exponent == pytest.approx(0.93)
+    assert cost.factor == pytest.approx({0: 600.0, 8: 5e3}) and cost.passes == pytest.approx({0: 3.0, 8: 2.0})
+    assert cost.misfit == pytest.approx(1) and cost.refusal == ""
+    flops[0] *= 2
+    assert "times off their power law" in cost_of(Design(size, data, k), cells, flops).refusal
+
+
+# ---- recommendations
+
+
+def test_recommendation_and_what_it_rests_on(law: Law) -> None:
+    answer = recommend(law, 1e20)
+    assert answer.choices == choices_at(law, np.array([1e20]))[0]
+    assert answer.measured["size"] == pytest.approx((1e6, 1e10))
+    assert answer.remarks == []
+    assert answer.start is not None and answer.start.recipe.startswith("experiments/tissue_")
+    own = size_of(load_recipe(Path(__file__).parents[2] / answer.start.recipe), 19_264).without_embeddings
+    assert answer.start.parameters == own
+    assert answer.start.ratio == pytest.approx(answer.choices[0].size / own)
+
+
+def test_too_far_is_refused_unless_asked(law: Law) -> None:
+    most = float(law.runs.flops.max())
+    assert any("above the largest" in remark for remark in recommend(law, 9 * most).remarks)
+    with pytest.raises(InputError, match="11 times above the largest budget measured.*add --extrapolate"):
+        recommend(law, 11 * most)
+    answer = recommend(law, 11 * most, extrapolate=True)
+    assert any("11 times above" in remark for remark in answer.remarks)
+    with pytest.raises(InputError, match="times below the smallest"):
+        recommend(law, float(law.runs.flops.min()) / 11)
+    for flops in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="is no budget"):
+            recommend(law, flops)
+
+
+def test_what_is_not_identified_is_not_recommended(make_rows: Rows) -> None:
+    one = runs_of(make_rows([(1e8, d, 0) for d in np.geomspace(1e8, 1e11, 8)], noise=0.01), "runs")
+    with pytest.raises(InputError, match="alpha: 1 value of N only"):
+        recommend(fit_law(one, FEW), 1e20, extrapolate=True)
+    two = [(n, d, 0) for n, d in itertools.product([1e7, 1e9], np.geomspace(1e8, 1e11, 6))]
+    fitted = fit_law(runs_of(make_rows(two, noise=0.01), "runs"), FEW)
+    with pytest.raises(InputError, match="2 values of N only.*--extrapolate"):
+        recommend(fitted, 1e20)
+    assert any("2 values of N" in remark for remark in recommend(fitted, 1e20, extrapolate=True).remarks)
+
+
+def test_budgets_of_machines() -> None:
+    assert budget_of(256, 48, "v5p", 0.4) == pytest.approx(256 * 48 * 3600 * 459e12 * 0.4)
+    for arguments, said in (
+        ((0, 1.0, "v5p", 0.4), "--chips"),
+        ((1, 0.0, "v5p", 0.4), "--hours"),
+        ((1, 1.0, "abacus", 0.4), "--device.*v5p"),
+        ((1, 1.0, "v5p", 1.5), "--mfu"),
+    ):
+        with pytest.raises(InputError, match=said):
+            budget_of(*arguments)
+
+
+def test_sizes_leave_out_what_has_the_vocabulary() -> None:
+    config = load_recipe(Path(__file__).parents[2] / "experiments" / "tissue_3m.py")
+    few, many = size_of(config, 1_000), size_of(config, 19_264)
+    assert few.without_embeddings == many.without_embeddings < many.parameters
+    # Encoder and decoder by hand: projections with biases, SwiGLU, norms; then norm, narrowing and head.
+    layer = 4 * (128 * 128 + 128) + 2 * (128 * 344 + 344) + 344 * 128 + 128 + 2 * 128
+    assert 6 * layer < many.without_embeddings < 6 * layer + 3 * (128 * 128 + 128)
+
+
+# ---- forms, noise, influence
+
+
+def test_noise_is_that_between_seeds(law: Law) -> None:
+    pairs = law.runs.loss.reshape(-1, 2)
+    assert law.noise.deviation == pytest.approx(math.sqrt(np.mean(np.diff(pairs, axis=1) ** 2) / 2))
+    assert law.noise.freedom == len(pairs)
+    assert law.noise.deviation == pytest.approx(0.004, rel=0.2)
+
+
+def test_effects_of_neighbours_are_told_without_the_floors(make_rows: Rows) -> None:
+    """Two sizes and one amount of data identify no exponent, yet what k does."""
+    points = itertools.product([1e5, 1e6], [16_000.0], (0, 4, 16))
+    rows = make_rows(
+        points, lambda n, d, k: 0.4 + 3 / n**0.3 - 0.004 * math.log2(1 + k), noise=0.0005, seeds=3
+    )
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    assert all(parameter.value is None for parameter in law.parameters)
+    for effect, truth in zip(law.effects, (0.004 * math.log2(5), 0.004 * math.log2(17)), strict=True):
+        assert effect.interval[0] <= -truth <= effect.interval[1] < 0
+    assert law.refusals
+
+
+def test_a_law_without_neighbours_is_not_told_to_have_them(make_rows: Rows) -> None:
+    law = fit_law(runs_of(make_rows(grid((0, 4)), noise=0.01), "runs"), FEW)
+    assert law.effects[0].interval[0] < 0 < law.effects[0].interval[1]
+    by_name = {each.form: each for each in law.compared}
+    assert by_name["plain"].aic is not None and by_name["offset_size"].aic is not None
+    assert by_name["plain"].aic < by_name["offset_size"].aic
+
+
+def test_comparison_speaks_for_the_form_that_is_true(make_rows: Rows) -> None:
+    def meets_size(size: float, data: float, k: int) -> float:
+        return 1.69 + A * (1 - 0.05 * math.log2(1 + k)) / size**ALPHA + B / data**BETA
+
+    law = fit_law(runs_of(make_rows(grid((0, 4, 16)), meets_size, noise=0.004), "runs"), FEW)
+    by_name = {each.form: each for each in law.compared}
+    assert set(by_name) == {"plain", "offset", "offset_size", "offset_data"}
+    errors = {name: each.held_out_error for name, each in by_name.items()}
+    assert min(errors, key=lambda name: errors[name] or math.inf) == "offset_size"
+    assert min(by_name, key=lambda name: by_name[name].aic or math.inf) == "offset_size"
+    assert (errors["plain"] or 0) > 3 * (errors["offset_size"] or math.inf)
+
+
+def test_a_power_law_in_k_needs_six_levels_and_ten_times_the_noise(make_rows: Rows) -> None:
+    def power(size: float, data: float, k: int) -> float:
+        return 1.4 + A / size**ALPHA + B / data**BETA + 0.6 / (k + 3) ** 0.7
+
+    few = grid((0, 4, 16))
+    with pytest.raises(InputError, match="not identified: 3 levels of k, 6 are needed"):
+        fit_law(runs_of(make_rows(few, power), "runs"), LawConfig(draws=100, form="power"))
+    ks = (0, 2, 4, 8, 16, 32, 64)
+    points = list(itertools.product(SIZES[::2], DATA[::2], ks))
+    noisy = runs_of(make_rows(points, power, noise=0.04), "runs")
+    with pytest.raises(InputError, match=r"times the noise between runs, 10 are needed"):
+        fit_law(noisy, LawConfig(draws=100, form="power"))
+    assert "power" not in {each.form for each in fit_law(noisy, LawConfig(draws=100)).compared}
+    law = fit_law(runs_of(make_rows(points, power, noise=0.002), "runs"), LawConfig(draws=200, form="power"))
+    assert {"power", "power_size"} < {each.form for each in law.compared}
+    for name, truth in (("gamma", 0.7), ("k0", 3.0), ("C", 0.6), ("E", 1.4)):
+        found = next(parameter for parameter in law.parameters if parameter.name == name)
+        assert found.profile is not None and found.profile[0] <= truth <= found.profile[1]
+
+
+def test_the_run_that_drives_a_fit_is_named(make_rows: Rows) -> None:
+    rows = make_rows(grid(), noise=0.002)
+    rows[-1]["loss"] += 0.1
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    assert law.influence[0].run == rows[-1]["name"]
+    assert [abs(each.shift) for each in law.influence] == sorted(
+        (abs(each.shift) for each in law.influence), reverse=True
+    )
+    # The shift is that of a fit without the run.
+    without = fit_law(runs_of(rows[:-1], "runs"), FEW)
+    name = law.influence[0].parameter
+    error = law.draws[:, law.form.names.index(name)].std(ddof=1)
+    assert law.influence[0].shift == pytest.approx(
+        (value(without, name) - value(law, name)) / error, rel=1e-3
+    )
+
+
+def test_largest_runs_are_predicted_from_the_others(make_rows: Rows) -> None:
+    rows = make_rows(grid(), noise=0.01, seeds=2)
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    largest = {row["name"] for row in rows if row["flops"] == max(row["flops"] for row in rows)}
+    assert {each.run for each in law.predictions} == largest and len(largest) == 2
+    rest = fit_law(runs_of([row for row in rows if row["name"] not in largest], "runs"), FEW)
+    for each in law.predictions:
+        e, a, b = rest.form.at(0, rest.estimate[None])[0]
+        expected = e + a / SIZES[-1] ** rest.estimate[0] + b / DATA[-1] ** rest.estimate[1]
+        assert each.predicted == pytest.approx(expected, rel=1e-9)
+        assert 1 < (each.interval[1] - each.interval[0]) / (2 * 1.96 * rest.deviation) < 1.4
+    assert fit_law(runs_of(rows, "runs"), LawConfig(draws=100, held_out=0)).predictions == []
+
+
+# ---- too little
+
+
+@pytest.mark.parametrize(
+    ("ks", "points", "form", "said"),
+    [
+        (
+            (0,),
+            5,
+            None,
+            r"5 different \(N, D, k\) are too few for the form plain .*it needs 6, seeds counted once",
+        ),
+        ((0, 4), 6, None, r"6 different \(N, D, k\) are too few for the form offset .*it needs 7"),
+        ((0,), 30, "offset", r"all runs have k = 0"),
+        ((0, 4), 30, "plain", r"the form plain knows no k"),
+        ((0,), 30, "other", r"'other' is none of plain, offset"),
+    ],
+)
+def test_too_few_runs_say_how_many(
+    make_rows: Rows, ks: tuple[int, ...], points: int, form: str | None, said: str
+) -> None:
+    chosen = [grid(ks)[i] for i in np.random.default_rng(0).permutation(len(grid(ks)))[:points]]
+    with pytest.raises(InputError, match=said):
+        fit_law(runs_of(make_rows(chosen, seeds=3), "runs"), LawConfig(draws=100, form=form))
+
+
+# ---- repeated data
+
+
+def test_effective_data_is_the_papers() -> None:
+    """Muennighoff et al.: 4 epochs are nearly as good as fresh data, 40 are worth little more than 16 of it."""
+    unique = np.array([1e6, 1e6, 1e6, 1e6])
+    total = unique * [0.5, 1, 5, 50]
+    expected = [
+        0.5e6,
+        1e6,
+        1e6 + 15.4e6 * (1 - math.exp(-4 / 15.4)),
+        1e6 + 15.4e6 * (1 - math.exp(-49 / 15.4)),
+    ]
+    np.testing.assert_allclose(effective(unique, total, 15.4), expected)
+    np.testing.assert_allclose(effective(unique, total, 1e9), total, rtol=1e-6)
+
+
+def test_repeats_are_found_again(make_rows: Rows) -> None:
+    fresh = make_rows([(n, d, k) for n, d, k in grid() if n < 1e9], noise=0.002)
+    base = lambda unique: (ALPHA * A / (BETA * B) * unique**BETA) ** (1 / ALPHA)  # noqa: E731
+    again = []
+    for number, (size, unique, epochs) in enumerate(
+        itertools.product(np.geomspace(1e7, 1e10, 5), (1e8, 1e9), (2.0, 6.0, 20.0, 60.0))
+    ):
+        data = float(effective(np.array(unique), np.array(unique * epochs), 15.0))
+        used = float(effective(np.array(base(unique)), np.array(size), 5.0))
+        (row,) = make_rows([(float(size), unique * epochs, 0)], epochs=epochs)
+        noise = 0.002 * np.random.default_rng(number).normal()
+        loss = 1.69 + A / used**ALPHA + B / data**BETA + noise
+        again.append(row | {"name": f"again-{number}", "loss": loss})
+    runs = runs_of([*fresh, *again], "runs")
+    for field in ("unique_cells", "cells"):
+        law = fit_law(runs, LawConfig(draws=200, repeats=True, data=field))  # type: ignore[arg-type]
+        assert len(law.runs) == len(fresh)
+        assert law.repeats is not None and law.repeats.data is not None and law.repeats.size is not None
+        assert law.repeats.runs == len(again)
+        assert law.repeats.data == pytest.approx(15.0, rel=0.15)
+        assert law.repeats.size == pytest.approx(5.0, rel=0.25)
+    with pytest.raises(InputError, match="no run has more than one epoch"):
+        fit_law(runs_of(fresh, "runs"), LawConfig(repeats=True))
+    with pytest.raises(InputError, match="every run has more than one epoch"):
+        fit_law(runs_of(again, "runs"), LawConfig(repeats=True))
+
+
+# ---- the file
+
+
+def test_a_law_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
+    path = tmp_path / "law.json"
+    write_law(law, path)
+    again = read_law(path)
+    assert record_of(again) == record_of(law)
+    assert recommend(again, 1e20) == recommend(law, 1e20)
+    assert isinstance(again.runs, Runs) and again.form == make_form("offset", (0, 4, 16))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[:100], "cannot be read"),
+        (lambda text: "[]", "is no 'scfm scaling law 1'"),
+        (lambda text: json.dumps(json.loads(text) | {"format": "other"}), "is no 'scfm scaling law 1'"),
+        (lambda text: json.dumps(json.loads(text) | {"cost": None}), "is not whole"),
+        (lambda text: json.dumps(json.loads(text) | {"runs": [{}]}), "is not whole"),
+    ],
+)
+def test_a_damaged_law(law: Law, tmp_path: Path, damage: Callable[[str], str], said: str) -> None:
+    path = tmp_path / "law.json"
+    write_law(law, path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(InputError, match=said):
+        read_law(path)
