@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Num
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from scfm_jax.downstream.choosing import blocks_in_turn, neighbour_rows
 from scfm_jax.downstream.question import Question
@@ -140,11 +141,13 @@ def _answers(
         return [_shares(kind, Ridge(1 / c).fit(x, y).predict(x_asked), y) for c in strengths]
     # Each strength starts from the weights of the one before: a third of the iterations.
     model, answers = LogisticRegression(max_iter=2000, warm_start=True), []
-    for c in strengths:
-        model.set_params(C=c).fit(x, y)
-        probabilities = np.zeros((len(x_asked), n_classes), np.float32)
-        probabilities[:, model.classes_] = model.predict_proba(x_asked)
-        answers.append(probabilities)
+    # The products are small: where other work runs beside, BLAS's threads wait for each other ten times longer.
+    with threadpool_limits(1, "blas"):
+        for c in strengths:
+            model.set_params(C=c).fit(x, y)
+            probabilities = np.zeros((len(x_asked), n_classes), np.float32)
+            probabilities[:, model.classes_] = model.predict_proba(x_asked)
+            answers.append(probabilities)
     return answers
 
 
