@@ -141,7 +141,7 @@ def _answers(
         return [_shares(kind, Ridge(1 / c).fit(x, y).predict(x_asked), y) for c in strengths]
     # Each strength starts from the weights of the one before: a third of the iterations.
     model, answers = LogisticRegression(max_iter=2000, warm_start=True), []
-    # The products are small: where other work runs beside, BLAS's threads wait for each other ten times longer.
+    # The products are small: beside other work, BLAS's threads wait for each other ten times longer.
     with threadpool_limits(1, "blas"):
         for c in strengths:
             model.set_params(C=c).fit(x, y)
