@@ -192,6 +192,10 @@ def test_the_suite_of_the_docs_can_be_read(tmp_path):
         (["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.margin", "90"], "slide1.h5ad: margin 90"),
         (["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.by", "slides"], "slides finds one group"),
         (
+            ["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.by", "column"],
+            "split.column '' is no column",
+        ),
+        (
             ["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--class-map", "{map}"],
             "[slide1]: maps 'typo', which the labels lack",
         ),
