@@ -76,7 +76,9 @@ class Reading:
         for field in ("species", "technology"):
             if not getattr(self, field):
                 raise InputError(
-                    path, f"--{field} is not given", f"add --{field} NAME, or use a sources.toml"
+                    path,
+                    f"--{field} is not given",
+                    f"add --{field} NAME, or give corpus build a sources.toml",
                 )
         columns = tuple(self.coordinates.split(","))
         return Source(

@@ -14,9 +14,12 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
 from scfm_jax.cli import main
-from scfm_jax.downstream.finetuned import open_finetuned
+from scfm_jax.downstream.finetuned import FinetuneConfig, open_finetuned
+from scfm_jax.downstream.folds import FoldsConfig
+from scfm_jax.downstream.labels import MISSING
 from scfm_jax.downstream.model import open_model
 from scfm_jax.downstream.suite_config import read_suite
+from scfm_jax.flags import Labelling, Split, Tuning
 
 ROOT = Path(__file__).parents[1]
 READING = ("--species", "human", "--technology", "simseq", "--um-per-unit", "1")
@@ -163,6 +166,11 @@ def test_evaluate_runs_a_suite_and_does_not_run_it_again(slide, tmp_path, capsys
     assert "majority" not in printed.err
 
 
+def test_flags_have_the_defaults_of_what_they_set():
+    assert Split().read() == FoldsConfig() and Tuning().read() == FinetuneConfig()
+    assert Labelling("region").missing.split(",") == list(MISSING)
+
+
 def test_the_suite_of_the_docs_can_be_read(tmp_path):
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "downstream.md").read_text(), re.DOTALL)
     (text,) = (block for block in blocks if "[tasks" in block)
@@ -191,6 +199,10 @@ def test_the_suite_of_the_docs_can_be_read(tmp_path):
         ),
         (["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.margin", "90"], "slide1.h5ad: margin 90"),
         (["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.by", "slides"], "slides finds one group"),
+        (
+            ["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--split.by", "column"],
+            "split.column '' is no column",
+        ),
         (
             ["probe", "{run}", "{slide}", "-o", "{new}.h5ad", "--class-map", "{map}"],
             "[slide1]: maps 'typo', which the labels lack",

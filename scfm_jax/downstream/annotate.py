@@ -243,6 +243,8 @@ def probe_cells(
     What goes to ``uns``, as plain data.
     """
     k = cells.config.neighbours
+    for fold in cells.folds.folds:  # one without cells is found before all are embedded
+        cells.question(fold)
     features = _embedded(cells.cohort, model.with_neighbours(k if way == "probe" else 0), progress)
     known = np.isfinite(features).all(1)
     if not known.any():

@@ -129,12 +129,16 @@ def check_label(adata: anndata.AnnData, config: LabelConfig, key: str, where: st
     Raises
     ------
     InputError
-        As `read_labels`, more neighbours than are stored, or a key that cannot be one.
+        As `read_labels`, more neighbours than are stored, no such column to split by, or a key that cannot
+        be one.
     """
     for name, number in (("neighbours", config.neighbours), ("split.margin", config.split.margin)):
         if not 0 <= number <= STORED_NEIGHBOURS:
             raise InputError(where, f"{name} is {number}, out of range", f"give 0 to {STORED_NEIGHBOURS}")
     read_labels(adata, config.label, missing=config.missing, class_map=config.class_map, where=where)
+    if config.split.by == "column" and config.split.column not in adata.obs:
+        there = ", ".join(map(str, adata.obs.columns))
+        raise InputError(where, f"split.column {config.split.column!r} is no column", f"use one of {there}")
     if "/" in key or key == config.label:
         raise InputError(where, f"cannot keep predictions as obs[{key!r}]", "give another key_added")
 

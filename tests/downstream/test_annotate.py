@@ -317,8 +317,10 @@ def test_a_fold_without_labels_or_without_a_number_is_refused(tissue, stored, mo
     adata = tissue.copy()
     _, _, test = stored.folds()[2]
     adata.obs.iloc[stored.rows[test], 0] = np.nan
+    embedded = []
     with pytest.raises(InputError, match="adata, fold 2: has no labelled test cell; use fewer folds"):
-        probe(adata, model, "cell_type", **SETTINGS)
+        probe(adata, model, "cell_type", progress=lambda done, _: embedded.append(done), **SETTINGS)
+    assert not embedded
     with pytest.raises(InputError, match="adata: has no fold 3; give one from 0 to 2"):
         finetune(adata, model, "cell_type", fold=3, **SETTINGS)
 
