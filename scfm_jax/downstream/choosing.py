@@ -107,6 +107,8 @@ def _check(blocks: Int[np.ndarray, " n"]) -> int:
 def _apart(
     fit: Int64[np.ndarray, " a"], held_out: Int64[np.ndarray, " v"], near: Int64[np.ndarray, "n k"]
 ) -> Int64[np.ndarray, " f"]:
-    is_held_out = np.zeros(len(near) + 1, bool)  # the last is of -1
+    """Rows that have no held-out row among their neighbours, and are among those of none."""
+    is_held_out, is_near = np.zeros((2, len(near) + 1), bool)  # the last is of -1
     is_held_out[held_out] = True
-    return fit[~is_held_out[near[fit]].any(1)]
+    is_near[near[held_out]] = True
+    return fit[~(is_held_out[near[fit]].any(1) | is_near[fit])]
