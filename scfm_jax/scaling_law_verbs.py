@@ -285,7 +285,7 @@ def _recommendation_lines(answer: Recommendation) -> list[str]:
     if answer.start is not None:
         lines.append(
             f"start from {answer.start.recipe}: {answer.start.parameters:,} {answer.size_field}, of which "
-            f"{answer.start.ratio:.3g} times are asked for; --data.sample.neighbours {best.k}"
+            f"{answer.start.ratio:.3g} times are asked for"
         )
     ranges = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in answer.measured.items())
     return [*lines, f"it rests on runs of {ranges}", *(f"beware: {remark}" for remark in answer.remarks)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from scfm_jax.scaling.forms import Design, Form, make_form, predict
-from scfm_jax.scaling.intervals import levels, rank
+from scfm_jax.scaling.forms import Design, Form, levels, make_form, predict
+from scfm_jax.scaling.intervals import rank
 from scfm_jax.scaling.least_squares import Fitted, fit
 
 _ONE_BY_ONE = 40  # configurations that are left out singly; of more, tenths are

@@ -10,7 +10,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from scfm_jax.scaling.forms import Design, Form
+from scfm_jax.scaling.forms import Design, Form, levels
 from scfm_jax.scaling.least_squares import Fitted, Held, fit, refine
 
 LEVEL = 0.95
@@ -46,11 +46,6 @@ class Parameter:
     bootstrap: Interval | None
     profile: Interval | None
     why: str = ""
-
-
-def levels(values: Float64[np.ndarray, " n"]) -> int:
-    """How many values there are, those within a thousandth of each other counted once."""
-    return int((np.diff(np.sort(np.log(values))) > 1e-3).sum()) + 1
 
 
 def collinear(design: Design) -> bool:

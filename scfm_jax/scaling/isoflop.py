@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from scfm_jax.scaling.forms import Design
-from scfm_jax.scaling.intervals import Interval, draw_weights, levels, tails
+from scfm_jax.scaling.forms import Design, binned, levels
+from scfm_jax.scaling.intervals import Interval, draw_weights, tails
 
 _SAME_BUDGET = 0.1  # spread of a budget's FLOPs, a share
 _SIZES = 4  # of a parabola: one more than it has coefficients
@@ -68,14 +68,7 @@ class Trend:
 
 def budgets_of(flops: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """A number for each budget: runs whose FLOPs lie within a tenth of each other."""
-    order = np.argsort(flops)
-    found = np.zeros(len(flops), np.int64)
-    number, lowest = 0, flops[order[0]]
-    for place in order:
-        if flops[place] > lowest * (1 + _SAME_BUDGET):
-            number, lowest = number + 1, flops[place]
-        found[place] = number
-    return found
+    return binned(flops, _SAME_BUDGET)
 
 
 def parabolas(

@@ -22,15 +22,16 @@ from scfm_jax.scaling.comparison import (
     no_power_law,
     noise_of,
 )
-from scfm_jax.scaling.forms import FORMS, Design, Form, predict
+from scfm_jax.scaling.forms import FORMS, Design, Form, levels, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
-from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, levels, parameters_of, rank, tails
+from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, parameters_of, rank, tails
 from scfm_jax.scaling.isoflop import Parabola, Trend, budgets_of, envelope, parabolas
 from scfm_jax.scaling.least_squares import fit
 from scfm_jax.scaling.repeats import Repeats, fit_repeats
 from scfm_jax.scaling.runs import DataField, Runs, SizeField
 
+_NOISES = 25
 _REPEATED = 1.001  # epochs, from which on data is seen again
 
 
@@ -339,7 +340,8 @@ def _predict_largest(
     directions = rank(form, rest, best)
     spread = float(np.sqrt(best.sse[0] / max(len(loss) - directions, 1)))
     asked = design.take(left_out)
-    values = predict(form, asked, draws.parameters)
+    # A draw with several noises, or the tails would be those of few numbers.
+    values = np.repeat(predict(form, asked, draws.parameters), _NOISES, axis=0)
     values = values + np.random.default_rng(config.seed).normal(0, spread, values.shape)
     ends = np.quantile(values, tails(len(loss), directions), axis=0)
     return [

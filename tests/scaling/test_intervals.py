@@ -86,7 +86,7 @@ def test_intervals_hold_the_truth_in_ninety_of_a_hundred_studies(
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "E[k=4]", "A", "B"])
 def test_an_end_of_a_profile_is_where_scipys_least_squares_say(name: str) -> None:
-    """With the parameter held at the end, SciPy's least sum of squares exceeds the free one by F's quantile."""
+    """With the parameter held there, SciPy's least sum of squares exceeds the free one by F's quantile."""
     ks = (0, 4)
     form, design = make_form("offset", ks), grid_design(ks, 5, 4)
     loss = measured(form, design, 0.02, 3)

@@ -1,4 +1,4 @@
-"""Laws of known surfaces: published ones, the frontier, forms compared, runs that drive a fit, repeated data."""
+"""Laws of known surfaces: published ones, the frontier, forms compared, driving runs, repeated data."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_three_approaches_agree_on_chinchillas_surface(make_rows: Rows) -> None:
 
 
 def test_parabolas_are_biased_where_the_sum_of_powers_is_not(make_rows: Rows) -> None:
-    """Approach 2's known bias, without any noise: it grows with the width of the sizes and with their offset."""
+    """Approach 2's known bias, without noise: it grows with the width of the sizes and with their offset."""
     budgets = np.geomspace(1e18, 1e22, 5)
 
     def off(centre: float, half_width: float) -> float:
@@ -197,7 +197,7 @@ def test_the_frontier_is_scipys(law: Law) -> None:
 
 
 def test_neighbours_pay_from_some_budget_on(law: Law) -> None:
-    """They take .06 off the loss for each doubling at 1 + k times the cost: little compute is better spent alone."""
+    """They take .06 off the loss for each doubling at 1 + k times the cost: little compute goes without."""
     small, large = choices_at(law, np.array([1e17, 1e25]))
     assert (small[0].k, large[0].k) == (0, 16)
 
@@ -234,7 +234,7 @@ def test_recommendation_and_what_it_rests_on(law: Law) -> None:
 def test_too_far_is_refused_unless_asked(law: Law) -> None:
     most = float(law.runs.flops.max())
     assert any("above the largest" in remark for remark in recommend(law, 9 * most).remarks)
-    with pytest.raises(InputError, match="11 times above the largest budget measured.*add --extrapolate"):
+    with pytest.raises(InputError, match=r"11 times above the largest budget measured.*add --extrapolate"):
         recommend(law, 11 * most)
     answer = recommend(law, 11 * most, extrapolate=True)
     assert any("11 times above" in remark for remark in answer.remarks)
@@ -247,11 +247,11 @@ def test_too_far_is_refused_unless_asked(law: Law) -> None:
 
 def test_what_is_not_identified_is_not_recommended(make_rows: Rows) -> None:
     one = runs_of(make_rows([(1e8, d, 0) for d in np.geomspace(1e8, 1e11, 8)], noise=0.01), "runs")
-    with pytest.raises(InputError, match="alpha: 1 value of N only"):
+    with pytest.raises(InputError, match=r"alpha: 1 value of N only"):
         recommend(fit_law(one, FEW), 1e20, extrapolate=True)
     two = [(n, d, 0) for n, d in itertools.product([1e7, 1e9], np.geomspace(1e8, 1e11, 6))]
     fitted = fit_law(runs_of(make_rows(two, noise=0.01), "runs"), FEW)
-    with pytest.raises(InputError, match="2 values of N only.*--extrapolate"):
+    with pytest.raises(InputError, match=r"2 values of N only.*--extrapolate"):
         recommend(fitted, 1e20)
     assert any("2 values of N" in remark for remark in recommend(fitted, 1e20, extrapolate=True).remarks)
 
@@ -402,7 +402,7 @@ def test_too_few_runs_say_how_many(
 
 
 def test_effective_data_is_the_papers() -> None:
-    """Muennighoff et al.: 4 epochs are nearly as good as fresh data, 40 are worth little more than 16 of it."""
+    """Muennighoff et al.: 4 epochs are nearly as good as fresh data, 40 are worth little more than 16."""
     unique = np.array([1e6, 1e6, 1e6, 1e6])
     total = unique * [0.5, 1, 5, 50]
     expected = [
