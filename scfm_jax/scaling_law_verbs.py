@@ -163,7 +163,7 @@ def recommend(
         assert chips is not None and hours is not None and device is not None
         flops = frontier.budget_of(chips, hours, device, mfu)
     fitted = read_law(law)
-    answer = frontier.recommend(fitted, flops, extrapolate=extrapolate)
+    answer = frontier.recommend(fitted, flops, extrapolate=extrapolate, where=law)
     if json:
         print_json(dataclasses.asdict(answer))
     else:
@@ -216,7 +216,7 @@ def _form_lines(law: Law) -> list[str]:
     for each in law.compared:
         error = "-" if each.held_out_error is None else f"{each.held_out_error:.3%}"
         aic = "-" if each.aic is None else f"{each.aic:.1f}"
-        alone = f"  ({each.unpredictable} runs alone at their k)" if each.unpredictable else ""
+        alone = f"  ({each.unpredictable} runs that the others cannot predict)" if each.unpredictable else ""
         lines.append(f"{each.form:<14}{each.parameters:>10}{error:>16}{aic:>12}{alone}")
     return lines
 

@@ -213,14 +213,7 @@ def fit_law(
         zip(form.names, fit_huber(form, design, loss, best, delta=config.delta).tolist(), strict=True)
     )
     say("other forms")
-    names = [name for name in FORMS if not name.startswith("power") or not power_law]
-    candidates = forms_for(design, names if len(design.levels) > 1 else ["plain"])
-    configurations = int(design.configurations.max()) + 1
-    compared = [
-        compare(each, design, loss, config.seed)
-        for each in candidates
-        if configurations >= needed(each, design)
-    ]
+    compared = _compare(design, loss, power_law, config.seed)
     say("runs left out")
     driving = influence(form, design, loss, runs.name, best, draws, known)
     predictions, predictions_why = _predict_largest(form, design, runs, config)
@@ -275,6 +268,8 @@ def _repeated(runs: Runs, config: LawConfig, where: Path | str) -> np.ndarray:
 
 
 def _chosen(design: Design, config: LawConfig, where: Path | str) -> Form:
+    if levels(design.size) == levels(design.data) == 1:
+        raise InputError(where, "neither N nor D varies", "add runs of other sizes or amounts of data")
     several = len(design.levels) > 1
     name = config.form or ("offset" if several else "plain")
     if name not in FORMS:
@@ -295,6 +290,22 @@ def _check_enough(form: Form, design: Design, where: Path | str) -> None:
             f"{have} different (N, D, k) are too few for the form {form.name} ({form.equation})",
             f"it needs {need}, seeds counted once",
         )
+
+
+def _compare(design: Design, loss: np.ndarray, power_law: str, seed: int) -> list[Compared]:
+    """All forms that the runs allow; one that they cannot tell from `offset` is left out."""
+    names = [name for name in FORMS if not (name.startswith("power") and power_law)]
+    candidates = forms_for(design, names if len(design.levels) > 1 else ["plain"])
+    configurations = int(design.configurations.max()) + 1
+    found = {
+        form.name: compare(form, design, loss, seed)
+        for form in candidates
+        if configurations >= needed(form, design)
+    }
+    least = found["offset"].parameters if "offset" in found else 0
+    return [
+        each for name, each in found.items() if not (name.startswith("offset_") and each.parameters == least)
+    ]
 
 
 def _noise_and_effect(offset: Form, design: Design, loss: np.ndarray) -> tuple[Noise, float]:

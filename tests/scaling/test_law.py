@@ -321,6 +321,18 @@ def test_comparison_speaks_for_the_form_that_is_true(make_rows: Rows) -> None:
     assert (errors["plain"] or 0) > 3 * (errors["offset_size"] or math.inf)
 
 
+def test_runs_that_the_others_cannot_predict_are_no_error_of_a_form(make_rows: Rows) -> None:
+    """k = 64 at one size alone: nothing says what size is worth there, nor, without it, what its floor is."""
+    points = [(n, d, 0) for n, d in itertools.product([1e6, 1e7, 1e8, 1e9], [1e8, 1e9, 1e10])]
+    points += [(1e8, 1e9, 4), (1e7, 1e9, 4), (1e6, 1e9, 4), (1e7, 1e9, 64)]
+    law = fit_law(runs_of(make_rows(points, with_neighbours, noise=0.002, seeds=2), "runs"), FEW)
+    by_name = {each.form: each for each in law.compared}
+    assert by_name["offset"].unpredictable == 2 and by_name["plain"].unpredictable == 0
+    assert by_name["offset_size"].unpredictable == 2
+    assert (by_name["offset_size"].held_out_error or 1) < 0.01
+    assert "offset_data" not in by_name  # D varies at k = 0 alone, so that it is offset by another name
+
+
 def test_a_power_law_in_k_needs_six_levels_and_ten_times_the_noise(make_rows: Rows) -> None:
     def power(size: float, data: float, k: int) -> float:
         return 1.4 + A / size**ALPHA + B / data**BETA + 0.6 / (k + 3) ** 0.7
@@ -396,6 +408,23 @@ def test_too_few_runs_say_how_many(
     chosen = [grid(ks)[i] for i in np.random.default_rng(0).permutation(len(grid(ks)))[:points]]
     with pytest.raises(InputError, match=said):
         fit_law(runs_of(make_rows(chosen, seeds=3), "runs"), LawConfig(draws=100, form=form))
+
+
+def test_without_sizes_or_data_there_is_no_law(make_rows: Rows) -> None:
+    rows = make_rows([(1e7, 1e9, k) for k in (0, 4, 16, 64)], with_neighbours, seeds=3)
+    with pytest.raises(InputError, match="neither N nor D varies"):
+        fit_law(runs_of(rows, "runs"), FEW)
+
+
+def test_a_loss_that_rises_with_size_has_no_optimum(make_rows: Rows) -> None:
+    def rising(size: float, data: float, k: int) -> float:
+        return 1 + 0.02 * math.log(size) + 410.7 / data**0.28
+
+    law = fit_law(runs_of(make_rows(grid(), rising, noise=0.002), "runs"), FEW)
+    why = {parameter.name: parameter.why for parameter in law.parameters}
+    assert "no effect" in why["alpha"] and "no effect" in why["A"]
+    with pytest.raises(InputError, match="N or D has no effect"):
+        recommend(law, 1e20, extrapolate=True)
 
 
 # ---- repeated data
