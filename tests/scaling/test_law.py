@@ -14,8 +14,9 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from scfm_jax.errors import InputError
-from scfm_jax.scaling.forms import Design, make_form
-from scfm_jax.scaling.frontier import cost_of
+from scfm_jax.scaling.comparison import compare
+from scfm_jax.scaling.forms import Design, make_form, predict
+from scfm_jax.scaling.frontier import Cost, cost_of, optimum
 from scfm_jax.scaling.isoflop import budgets_of, envelope, parabolas
 from scfm_jax.scaling.law import Law, LawConfig, fit_law
 from scfm_jax.scaling.law_file import read_law, record_of, write_law
@@ -196,6 +197,28 @@ def test_the_frontier_is_scipys(law: Law) -> None:
     assert sum(choice.share for choice in row) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("u", [0.7, 1.0, 1.2])
+def test_the_optimum_under_any_power_of_size_is_scipys(u: float) -> None:
+    """kappa N^u passes D = C, as where attention costs what no parameter does."""
+    cost, budget = Cost(u, {8: 50.0}, {8: 2.5}, 1.0), 1e19
+    form = make_form("power_size", (0, 8))
+    truth = dict(zip(form.names, (ALPHA, BETA, 0.8, 3.0, 1.69, A, B, 0.5, 90.0), strict=True))
+    parameters = np.array([list(truth.values())])
+    gain = (8 + truth["k0"]) ** -truth["gamma"]
+
+    def loss(log_size: float) -> float:
+        size = math.exp(log_size)
+        data = budget / (50.0 * size**u * 2.5)
+        of_size = (truth["A"] + truth["F"] * gain) / size**ALPHA
+        return 1.69 + truth["C"] * gain + of_size + B / data**BETA
+
+    best = minimize_scalar(loss, bounds=(5, 45), method="bounded", options={"xatol": 1e-10})
+    found = optimum(form, parameters, cost, 8, np.array([budget]))
+    assert float(found.size[0, 0]) == pytest.approx(math.exp(best.x), rel=1e-4)
+    assert float(found.loss[0, 0]) == pytest.approx(best.fun, rel=1e-10)
+    assert 50.0 * found.size[0, 0] ** u * 2.5 * found.data[0, 0] == pytest.approx(budget)
+
+
 def test_neighbours_pay_from_some_budget_on(law: Law) -> None:
     """They take .06 off the loss for each doubling at 1 + k times the cost: little compute goes without."""
     small, large = choices_at(law, np.array([1e17, 1e25]))
@@ -319,6 +342,23 @@ def test_comparison_speaks_for_the_form_that_is_true(make_rows: Rows) -> None:
     assert min(errors, key=lambda name: errors[name] or math.inf) == "offset_size"
     assert min(by_name, key=lambda name: by_name[name].aic or math.inf) == "offset_size"
     assert (errors["plain"] or 0) > 3 * (errors["offset_size"] or math.inf)
+
+
+def test_held_out_error_is_that_of_fits_without_a_configuration(make_rows: Rows) -> None:
+    rows = make_rows(grid()[::2], noise=0.02, seeds=2)
+    runs = runs_of(rows, "runs")
+    design, form = Design(runs.parameters, runs.cells, runs.k), make_form("plain", (0,))
+    errors = []
+    for configuration in range(15):
+        inside = np.arange(30) // 2 == configuration
+        parameters = fit(form, design.take(~inside), runs.loss[~inside]).parameters
+        errors += list(np.log(predict(form, design.take(inside), parameters)[0] / runs.loss[inside]))
+    compared = compare(form, design, runs.loss, 0)
+    assert compared.held_out_error == pytest.approx(math.sqrt(np.mean(np.square(errors))), rel=1e-4)
+    # AIC with the noise as a sixth parameter, corrected for 30 runs.
+    sse = float(fit(form, design, runs.loss).sse[0])
+    expected = 30 * math.log(sse / 30) + 2 * 6 + 2 * 6 * 7 / (30 - 6 - 1)
+    assert compared.parameters == 5 and compared.aic == pytest.approx(expected, rel=1e-9)
 
 
 def test_runs_that_the_others_cannot_predict_are_no_error_of_a_form(make_rows: Rows) -> None:
