@@ -222,6 +222,9 @@ def _form_lines(law: Law) -> list[str]:
 
 
 def _budget_lines(law: Law) -> list[str]:
+    from scfm_jax.scaling.isoflop import best_neighbours
+    from scfm_jax.scaling.recommend import frontier_of
+
     lines = []
     for trend in law.trends:
         interval = f" {_interval(trend.size_interval)}" if trend.size_interval else ""
@@ -232,7 +235,19 @@ def _budget_lines(law: Law) -> list[str]:
             lines.append(f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}")
     for k, (slope, _) in law.envelopes.items():
         lines.append(f"envelope, k = {k}: N* ~ C^{slope:.3f}")
-    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals)]
+    for flops, k in best_neighbours(law.parabolas):
+        lines.append(f"IsoFLOP, {flops:.3g} FLOPs: the lowest vertex is that of k = {k}")
+    rows = frontier_of(law)
+    if rows:
+        lines += ["", f"{'FLOPs':<11}{'k*':>4}{'in draws':>10}  {'N*':<33}{'D*':<33}loss"]
+    for flops, (best_choice, *_) in rows:
+        size = f"{best_choice.size:.3g} {_interval(best_choice.size_interval)}"
+        data = f"{best_choice.data:.3g} {_interval(best_choice.data_interval)}"
+        loss = f"{best_choice.loss:.4g} {_interval(best_choice.loss_interval)}"
+        lines.append(
+            f"{flops:<11.3g}{best_choice.k:>4}{best_choice.share:>10.0%}  {size:<33}{data:<33}{loss}"
+        )
+    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals), ""]
 
 
 def _repeat_lines(law: Law) -> list[str]:

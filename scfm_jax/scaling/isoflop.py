@@ -102,6 +102,19 @@ def parabolas(
     return found, trends
 
 
+def best_neighbours(found: list[Parabola]) -> list[tuple[float, int]]:
+    """FLOPs, and the k whose vertex is lowest, of every budget that has vertices at two k or more."""
+    good = [(parabola.flops, parabola.k, parabola.loss) for parabola in found if parabola.loss is not None]
+    budget = binned(np.array([flops for flops, _, _ in good]), _SAME_BUDGET)
+    best = []
+    for number in np.unique(budget):
+        mine = [each for each, at in zip(good, budget, strict=True) if at == number]
+        if len(mine) > 1:
+            flops, k, _ = min(mine, key=lambda each: each[2])
+            best.append((flops, k))
+    return best
+
+
 def _parabola(
     design: Design, loss: np.ndarray, flops: np.ndarray, weights: Float64[np.ndarray, "r n"]
 ) -> tuple[Parabola, Float64[np.ndarray, "r 3"]]:

@@ -22,6 +22,7 @@ from scfm_jax.training.hardware import ACCELERATORS
 
 FARTHEST = 10.0  # times the largest budget measured
 DEFAULT_MFU = 0.35
+_BUDGETS = 7  # of a frontier that is listed
 # Of the published vocabularies; embeddings are not compared where N leaves them out.
 _GENES = {"tissue": 19_264, "nicheformer": 20_310}
 
@@ -123,6 +124,14 @@ def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice
             of_budget.append(Choice(k, size, data, loss, first, second, third, share))
         rows.append(sorted(of_budget, key=lambda choice: choice.loss))
     return rows
+
+
+def frontier_of(law: Law) -> list[tuple[float, list[Choice]]]:
+    """Choices at budgets over the measured range; none where the law refuses."""
+    if law.refusals:
+        return []
+    budgets = np.geomspace(law.runs.flops.min(), law.runs.flops.max(), _BUDGETS)
+    return list(zip(budgets.tolist(), choices_at(law, budgets), strict=True))
 
 
 def recommend(

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
+from scipy.optimize import curve_fit, minimize_scalar
+from scipy.stats import t as t_distribution
 
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.comparison import compare
 from scfm_jax.scaling.forms import Design, make_form, predict
 from scfm_jax.scaling.frontier import Cost, cost_of, optimum
-from scfm_jax.scaling.isoflop import budgets_of, envelope, parabolas
+from scfm_jax.scaling.isoflop import best_neighbours, budgets_of, envelope, parabolas
 from scfm_jax.scaling.law import Law, LawConfig, fit_law
 from scfm_jax.scaling.law_file import read_law, record_of, write_law
 from scfm_jax.scaling.least_squares import fit
@@ -240,6 +241,26 @@ def test_costs_of_cells() -> None:
     assert "times off their power law" in cost_of(Design(size, data, k), cells, flops).refusal
 
 
+def test_vertices_of_parabolas_say_which_k_is_best(law: Law) -> None:
+    """As the law of which they are made: alone at small budgets, with neighbours at large ones."""
+    budgets = np.geomspace(1e17, 1e25, 5)
+    parameters = law.estimate[None]
+    points, loss, flops = [], [], []
+    for budget, k, ratio in itertools.product(budgets, law.design.levels, np.linspace(-1, 1, 5)):
+        best = optimum(law.form, parameters, law.cost, k, np.array([budget]))
+        size = float(best.size[0, 0]) * math.exp(ratio)
+        points.append((size, budget / (6 * (k + 1) * size), k))
+        floor, a, b = law.form.at(k, parameters)[0]
+        loss.append(floor + a / size ** law.estimate[0] + b / points[-1][1] ** law.estimate[1])
+        flops.append(budget)
+    design = Design(*(np.array(column) for column in zip(*points, strict=True)))
+    found, _ = parabolas(design, np.array(loss), np.array(flops), draws=100, seed=0)
+    said = best_neighbours(found)
+    assert [budget for budget, _ in said] == pytest.approx(list(budgets))
+    assert [k for _, k in said] == [row[0].k for row in choices_at(law, budgets)]
+    assert said[0][1] == 0 and said[-1][1] == 16
+
+
 # ---- recommendations
 
 
@@ -422,6 +443,29 @@ def test_largest_runs_are_predicted_from_the_others(make_rows: Rows) -> None:
         assert each.predicted == pytest.approx(expected, rel=1e-9)
         assert 1 < (each.interval[1] - each.interval[0]) / (2 * 1.96 * rest.deviation) < 1.4
     assert fit_law(runs_of(rows, "runs"), LawConfig(draws=100, held_out=0)).predictions == []
+
+
+def test_predictions_far_out_are_as_unsure_as_scipys_covariance_says(make_rows: Rows) -> None:
+    near = itertools.product(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 1e9, 6), (0,))
+    rows = make_rows([*near, (1e11, 1e12, 0)], noise=0.02, seeds=2)
+    first, _ = fit_law(runs_of(rows, "runs"), LawConfig(draws=400)).predictions
+    runs = runs_of(rows[:-2], "runs")
+    size, data, loss = runs.parameters_without_embeddings, runs.cells, runs.loss
+
+    def surface(at: tuple[np.ndarray, np.ndarray], *x: float) -> np.ndarray:
+        return x[2] + np.exp(x[3] - x[0] * np.log(at[0])) + np.exp(x[4] - x[1] * np.log(at[1]))
+
+    start = [ALPHA, BETA, 1.69, math.log(A), math.log(B)]
+    best, covariance = curve_fit(surface, (size, data), loss, p0=start)
+    far = (np.array([1e11]), np.array([1e12]))
+    steps = 1e-6 * np.eye(5)
+    slope = (
+        np.array([surface(far, *(best + step))[0] - surface(far, *(best - step))[0] for step in steps]) / 2e-6
+    )
+    noise = np.sum((loss - surface((size, data), *best)) ** 2) / (len(loss) - 5)
+    expected = t_distribution.ppf(0.975, len(loss) - 5) * math.sqrt(slope @ covariance @ slope + noise)
+    assert slope @ covariance @ slope > 2 * noise
+    assert (first.interval[1] - first.interval[0]) / 2 == pytest.approx(expected, rel=0.2)
 
 
 # ---- too little
