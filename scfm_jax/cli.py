@@ -294,7 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<14} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in _VERBS.items()]
+    width = max(map(len, _VERBS))
+    lines = [f"  {name:<{width}} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in _VERBS.items()]
     return "\n".join(["usage: scfm VERB ... (scfm VERB --help says more)", "", *lines])
 
 

@@ -163,7 +163,7 @@ def recommend(
         assert chips is not None and hours is not None and device is not None
         flops = frontier.budget_of(chips, hours, device, mfu)
     fitted = read_law(law)
-    answer = frontier.recommend(fitted, flops, extrapolate=extrapolate)
+    answer = frontier.recommend(fitted, flops, extrapolate=extrapolate, where=law)
     if json:
         print_json(dataclasses.asdict(answer))
     else:
@@ -216,12 +216,15 @@ def _form_lines(law: Law) -> list[str]:
     for each in law.compared:
         error = "-" if each.held_out_error is None else f"{each.held_out_error:.3%}"
         aic = "-" if each.aic is None else f"{each.aic:.1f}"
-        alone = f"  ({each.unpredictable} runs alone at their k)" if each.unpredictable else ""
+        alone = f"  ({each.unpredictable} runs that the others cannot predict)" if each.unpredictable else ""
         lines.append(f"{each.form:<14}{each.parameters:>10}{error:>16}{aic:>12}{alone}")
     return lines
 
 
 def _budget_lines(law: Law) -> list[str]:
+    from scfm_jax.scaling.isoflop import best_neighbours
+    from scfm_jax.scaling.recommend import frontier_of
+
     lines = []
     for trend in law.trends:
         interval = f" {_interval(trend.size_interval)}" if trend.size_interval else ""
@@ -232,7 +235,19 @@ def _budget_lines(law: Law) -> list[str]:
             lines.append(f"IsoFLOP, k = {each.k}, {each.flops:.2g} FLOPs: refused, {each.why}")
     for k, (slope, _) in law.envelopes.items():
         lines.append(f"envelope, k = {k}: N* ~ C^{slope:.3f}")
-    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals)]
+    for flops, k in best_neighbours(law.parabolas):
+        lines.append(f"IsoFLOP, {flops:.3g} FLOPs: the lowest vertex is that of k = {k}")
+    rows = frontier_of(law)
+    if rows:
+        lines += ["", f"{'FLOPs':<11}{'k*':>4}{'in draws':>10}  {'N*':<33}{'D*':<33}loss"]
+    for flops, (best_choice, *_) in rows:
+        size = f"{best_choice.size:.3g} {_interval(best_choice.size_interval)}"
+        data = f"{best_choice.data:.3g} {_interval(best_choice.data_interval)}"
+        loss = f"{best_choice.loss:.4g} {_interval(best_choice.loss_interval)}"
+        lines.append(
+            f"{flops:<11.3g}{best_choice.k:>4}{best_choice.share:>10.0%}  {size:<33}{data:<33}{loss}"
+        )
+    return [*lines, *(f"frontier: refused, {why}" for why in law.refusals), ""]
 
 
 def _repeat_lines(law: Law) -> list[str]:
@@ -285,7 +300,7 @@ def _recommendation_lines(answer: Recommendation) -> list[str]:
     if answer.start is not None:
         lines.append(
             f"start from {answer.start.recipe}: {answer.start.parameters:,} {answer.size_field}, of which "
-            f"{answer.start.ratio:.3g} times are asked for; --data.sample.neighbours {best.k}"
+            f"{answer.start.ratio:.3g} times are asked for"
         )
     ranges = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in answer.measured.items())
     return [*lines, f"it rests on runs of {ranges}", *(f"beware: {remark}" for remark in answer.remarks)]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def main(runs: int = 1_000, draws: int = 1_000, out: Path | None = None) -> None
     rows = []
     for name in _FORMS:
         form = make_form(name, KS)
-        wall, cores = timed(lambda form=form: whole(form))
+        wall, cores = timed(functools.partial(whole, form))
         rows.append({"what": f"{name}: fit, draws, profiles", "wall": wall, "cores": cores})
     wall, cores = timed(lambda: fit_law(as_runs(design, loss), LawConfig(draws=draws)))
     rows.append({"what": "scfm scaling fit, all of it", "wall": wall, "cores": cores})

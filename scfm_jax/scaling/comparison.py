@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Bool, Float64, Int64
 
-from scfm_jax.scaling.forms import Design, Form, make_form, predict
-from scfm_jax.scaling.intervals import levels, rank
+from scfm_jax.scaling.forms import Design, Form, levels, make_form, predict
+from scfm_jax.scaling.intervals import rank
 from scfm_jax.scaling.least_squares import Fitted, fit
 
 _ONE_BY_ONE = 40  # configurations that are left out singly; of more, tenths are
 _FOLDS = 10
+_ALONE = 1e-6  # a share of a run's terms
 _LEVELS_OF_POWER, _NOISE_OF_POWER = 6, 10.0
 
 
@@ -29,7 +30,7 @@ class Compared:
     held_out_error
         Root mean square of log predicted / measured, over configurations left out; None where none could be.
     unpredictable
-        Runs that no fit without them can predict, because they are alone at their k.
+        Runs that no fit without them can predict, as those that are alone at their k.
     aic
         Akaike's, corrected for few runs; None where runs are too few.
     """
@@ -118,9 +119,7 @@ def compare(form: Form, design: Design, loss: Float64[np.ndarray, " n"], seed: i
     weights = (fold[None, :] != np.arange(fold.max() + 1)[:, None]).astype(np.float64)
     fitted = fit(form, design, loss, weights)
     predicted = predict(form, design, fitted.parameters)[fold, np.arange(n)]
-    possible = np.ones(n, bool)
-    if any(term.level is not None for term in form.terms):
-        possible = np.array([((design.k == design.k[i]) & (fold != fold[i])).any() for i in range(n)])
+    possible = _predictable(form.columns(design, whole.theta)[0], fold)
     error = np.log(np.maximum(predicted, 1e-300) / loss)[possible]
     spare = n - parameters - 2
     aic = None
@@ -136,6 +135,21 @@ def compare(form: Form, design: Design, loss: Float64[np.ndarray, " n"], seed: i
         int((~possible).sum()),
         aic,
     )
+
+
+def _predictable(
+    columns: Float64[np.ndarray, "n p"], fold: Int64[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Whether a run's terms are combinations of those of the runs in other folds."""
+    scaled = columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
+    possible = np.ones(len(fold), bool)
+    for number in range(int(fold.max()) + 1):
+        inside = fold == number
+        _, singular, directions = np.linalg.svd(scaled[~inside], full_matrices=False)
+        known = directions[singular > _ALONE * singular[0]]
+        outside = scaled[inside] - scaled[inside] @ known.T @ known
+        possible[inside] = np.linalg.norm(outside, axis=1) < _ALONE * np.linalg.norm(scaled[inside], axis=1)
+    return possible
 
 
 def influence(

@@ -17,6 +17,25 @@ from jaxtyping import Float64, Int64
 BOUNDS = {"alpha": (0.02, 2.0), "beta": (0.02, 2.0), "gamma": (0.1, 4.0), "k0": (0.25, 64.0)}
 
 
+_SAME = 0.01  # a share of N or D, within which it is one level
+
+
+def binned(values: Float64[np.ndarray, " n"], share: float) -> Int64[np.ndarray, " n"]:
+    """A number for each level, upwards: values that exceed a level's least by no more than `share`."""
+    found = np.zeros(len(values), np.int64)
+    number, least = 0, values.min(initial=np.inf)
+    for place in np.argsort(values):
+        if values[place] > least * (1 + share):
+            number, least = number + 1, values[place]
+        found[place] = number
+    return found
+
+
+def levels(values: Float64[np.ndarray, " n"]) -> int:
+    """How many levels of N or D there are, those within a hundredth of each other counted once."""
+    return int(binned(values, _SAME).max()) + 1
+
+
 class Term(NamedTuple):
     """A coefficient and what it multiplies: N^-alpha, D^-beta, (k + k0)^-gamma, or a product of them.
 
@@ -56,9 +75,12 @@ class Design:
 
     @property
     def configurations(self) -> Int64[np.ndarray, " n"]:
-        """A number for each (N, D, k): runs that differ by their seed alone share it."""
-        both = np.stack([self.size, self.data, self.k.astype(np.float64)], axis=1)
-        return np.unique(both, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        """A number for each (N, D, k): runs that differ by their seed alone share it.
+
+        So do those whose N and D are within a hundredth: seeds may draw other blocks of cells.
+        """
+        all_three = np.stack([binned(self.size, _SAME), binned(self.data, _SAME), self.k], axis=1)
+        return np.unique(all_three, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
     def take(self, places: np.ndarray) -> Design:
         return Design(self.size[places], self.data[places], self.k[places])

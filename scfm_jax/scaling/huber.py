@@ -60,7 +60,7 @@ def fit_huber(
         return cost / delta**2, slope @ gradient / delta**2
 
     rng = np.random.default_rng(seed)
-    known = np.maximum(near.coefficients[0], _LEAST * level / scale)
+    known = np.maximum(near.coefficients[0], _LEAST * np.median(loss) / scale)
     starts = [np.concatenate([near.theta[0], np.log(known)])]
     while len(starts) < _STARTS:
         theta = rng.uniform(low, high)

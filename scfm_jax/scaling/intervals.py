@@ -10,7 +10,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from scfm_jax.scaling.forms import Design, Form
+from scfm_jax.scaling.forms import Design, Form, levels
 from scfm_jax.scaling.least_squares import Fitted, Held, fit, refine
 
 LEVEL = 0.95
@@ -46,11 +46,6 @@ class Parameter:
     bootstrap: Interval | None
     profile: Interval | None
     why: str = ""
-
-
-def levels(values: Float64[np.ndarray, " n"]) -> int:
-    """How many values there are, those within a thousandth of each other counted once."""
-    return int((np.diff(np.sort(np.log(values))) > 1e-3).sum()) + 1
 
 
 def collinear(design: Design) -> bool:
@@ -193,6 +188,8 @@ def parameters_of(
     for place, name in enumerate(form.names):
         why = reasons.get(name, "")
         ends: tuple[float | None, float | None] = (None, None)
+        if not why and place < q and _without_effect(form, best, name):
+            why = "no effect: the coefficient that it goes with is 0"
         if not why and place < q and at_edge[1][place]:
             why = "the least squares lie at the edge of the grid"
         if not why:
@@ -229,6 +226,11 @@ def parameters_of(
                 found[place] = Parameter(parameter.name, None, None, None, f"{exponent} is not identified")
     missing = [(name, why) for name, why in reasons.items() if name not in form.names]
     return [*found, *(Parameter(name, None, None, None, why) for name, why in missing)]
+
+
+def _without_effect(form: Form, best: Fitted, exponent: str) -> bool:
+    axis = {"alpha": "size", "beta": "data"}.get(exponent, "neighbours")
+    return not best.coefficients[0, [getattr(term, axis) for term in form.terms]].any()
 
 
 def _structural(form: Form, design: Design) -> dict[str, str]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from scfm_jax.scaling.forms import Design
-from scfm_jax.scaling.intervals import Interval, draw_weights, levels, tails
+from scfm_jax.scaling.forms import Design, binned, levels
+from scfm_jax.scaling.intervals import Interval, draw_weights, tails
 
 _SAME_BUDGET = 0.1  # spread of a budget's FLOPs, a share
 _SIZES = 4  # of a parabola: one more than it has coefficients
@@ -68,14 +68,7 @@ class Trend:
 
 def budgets_of(flops: Float64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """A number for each budget: runs whose FLOPs lie within a tenth of each other."""
-    order = np.argsort(flops)
-    found = np.zeros(len(flops), np.int64)
-    number, lowest = 0, flops[order[0]]
-    for place in order:
-        if flops[place] > lowest * (1 + _SAME_BUDGET):
-            number, lowest = number + 1, flops[place]
-        found[place] = number
-    return found
+    return binned(flops, _SAME_BUDGET)
 
 
 def parabolas(
@@ -107,6 +100,19 @@ def parabolas(
             budgets = np.array([flops for flops, _ in good])
             trends.append(_trend(k, budgets, np.stack([v for _, v in good]), runs))
     return found, trends
+
+
+def best_neighbours(found: list[Parabola]) -> list[tuple[float, int]]:
+    """FLOPs, and the k whose vertex is lowest, of every budget that has vertices at two k or more."""
+    good = [(parabola.flops, parabola.k, parabola.loss) for parabola in found if parabola.loss is not None]
+    budget = binned(np.array([flops for flops, _, _ in good]), _SAME_BUDGET)
+    best = []
+    for number in np.unique(budget):
+        mine = [each for each, at in zip(good, budget, strict=True) if at == number]
+        if len(mine) > 1:
+            flops, k, _ = min(mine, key=lambda each: each[2])
+            best.append((flops, k))
+    return best
 
 
 def _parabola(

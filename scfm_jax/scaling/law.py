@@ -22,15 +22,16 @@ from scfm_jax.scaling.comparison import (
     no_power_law,
     noise_of,
 )
-from scfm_jax.scaling.forms import FORMS, Design, Form, predict
+from scfm_jax.scaling.forms import FORMS, Design, Form, levels, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
-from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, levels, parameters_of, rank, tails
+from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, parameters_of, rank, tails
 from scfm_jax.scaling.isoflop import Parabola, Trend, budgets_of, envelope, parabolas
 from scfm_jax.scaling.least_squares import fit
 from scfm_jax.scaling.repeats import Repeats, fit_repeats
 from scfm_jax.scaling.runs import DataField, Runs, SizeField
 
+_NOISES = 25
 _REPEATED = 1.001  # epochs, from which on data is seen again
 
 
@@ -212,14 +213,7 @@ def fit_law(
         zip(form.names, fit_huber(form, design, loss, best, delta=config.delta).tolist(), strict=True)
     )
     say("other forms")
-    names = [name for name in FORMS if not name.startswith("power") or not power_law]
-    candidates = forms_for(design, names if len(design.levels) > 1 else ["plain"])
-    configurations = int(design.configurations.max()) + 1
-    compared = [
-        compare(each, design, loss, config.seed)
-        for each in candidates
-        if configurations >= needed(each, design)
-    ]
+    compared = _compare(design, loss, power_law, config.seed)
     say("runs left out")
     driving = influence(form, design, loss, runs.name, best, draws, known)
     predictions, predictions_why = _predict_largest(form, design, runs, config)
@@ -274,6 +268,8 @@ def _repeated(runs: Runs, config: LawConfig, where: Path | str) -> np.ndarray:
 
 
 def _chosen(design: Design, config: LawConfig, where: Path | str) -> Form:
+    if levels(design.size) == levels(design.data) == 1:
+        raise InputError(where, "neither N nor D varies", "add runs of other sizes or amounts of data")
     several = len(design.levels) > 1
     name = config.form or ("offset" if several else "plain")
     if name not in FORMS:
@@ -294,6 +290,22 @@ def _check_enough(form: Form, design: Design, where: Path | str) -> None:
             f"{have} different (N, D, k) are too few for the form {form.name} ({form.equation})",
             f"it needs {need}, seeds counted once",
         )
+
+
+def _compare(design: Design, loss: np.ndarray, power_law: str, seed: int) -> list[Compared]:
+    """All forms that the runs allow; one that they cannot tell from `offset` is left out."""
+    names = [name for name in FORMS if not (name.startswith("power") and power_law)]
+    candidates = forms_for(design, names if len(design.levels) > 1 else ["plain"])
+    configurations = int(design.configurations.max()) + 1
+    found = {
+        form.name: compare(form, design, loss, seed)
+        for form in candidates
+        if configurations >= needed(form, design)
+    }
+    least = found["offset"].parameters if "offset" in found else 0
+    return [
+        each for name, each in found.items() if not (name.startswith("offset_") and each.parameters == least)
+    ]
 
 
 def _noise_and_effect(offset: Form, design: Design, loss: np.ndarray) -> tuple[Noise, float]:
@@ -339,7 +351,8 @@ def _predict_largest(
     directions = rank(form, rest, best)
     spread = float(np.sqrt(best.sse[0] / max(len(loss) - directions, 1)))
     asked = design.take(left_out)
-    values = predict(form, asked, draws.parameters)
+    # A draw with several noises, or the tails would be those of few numbers.
+    values = np.repeat(predict(form, asked, draws.parameters), _NOISES, axis=0)
     values = values + np.random.default_rng(config.seed).normal(0, spread, values.shape)
     ends = np.quantile(values, tails(len(loss), directions), axis=0)
     return [

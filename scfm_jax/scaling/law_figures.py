@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from scfm_jax.downstream.drawing import BLUES, DPI, INK, PALETTE, WIDTH, grid, house_style, legend_below
 from scfm_jax.scaling.forms import Design, predict
@@ -25,6 +25,7 @@ _DASHES: Any = [
     *((0, pattern) for pattern in ((5, 2), (1, 1.2), (6, 1.5, 1, 1.5), (8, 3), (2, 2), (3, 1))),
 ]
 _FAINT = "#b4bbc1"
+_FEW = 13  # runs whose names can be written
 _CURVES = 5  # sizes, or budgets' labels, that a reader can follow
 _SIZE = {
     "parameters_without_embeddings": "parameters without embeddings, N",
@@ -140,6 +141,7 @@ def _isoflop(law: Law) -> tuple[Figure | None, str]:
             if parabola.size is not None:
                 ax.plot(parabola.size, parabola.loss, marker="*", markersize=9, color=INK)
         ax.set(xscale="log", title=f"k = {k}", xlabel=_SIZE[law.config.size])
+        ax.xaxis.set_minor_formatter(NullFormatter())
         grid(ax)
     for ax in axes[len(ks) :]:
         ax.set_visible(False)
@@ -162,8 +164,8 @@ def _residuals(law: Law) -> tuple[Figure, str]:
     off = 100 * np.log(law.runs.loss / law.fitted)
     spread = 200 * law.deviation / float(law.fitted.mean())
     coordinates = (
-        (law.design.size, _SIZE[law.config.size]),
-        (law.design.data, _DATA[law.config.data]),
+        (law.design.size, "N"),
+        (law.design.data, "D"),
         (law.runs.flops, "training FLOPs"),
     )
     for ax, (values, label) in zip(axes, coordinates, strict=True):
@@ -173,6 +175,7 @@ def _residuals(law: Law) -> tuple[Figure, str]:
             at = law.runs.k == k
             ax.plot(values[at], off[at], **_points(place))
         ax.set(xscale="log", xlabel=label)
+        ax.xaxis.set_minor_formatter(NullFormatter())
     axes[0].set_ylabel("measured over fitted loss (%)")
     handles = [Line2D([], [], **_points(i), label=f"k = {k}") for i, k in enumerate(law.design.levels)]
     _legend(figure, handles, columns=6)
@@ -252,27 +255,36 @@ def _parameters(law: Law) -> tuple[Figure, str]:
 def _prediction(law: Law) -> tuple[Figure | None, str]:
     if not law.predictions:
         return None, law.predictions_why
-    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-    ax = figure.subplots()
-    ax.plot(law.fitted, law.runs.loss, linestyle="", marker=".", color=_FAINT, label="runs, fitted")
+    figure = Figure(figsize=(1.6 * WIDTH, 3.6), layout="constrained")
+    ax, beside = figure.subplots(1, 2, width_ratios=(1.2, 1))
     predicted = np.array([each.predicted for each in law.predictions])
     measured = np.array([each.measured for each in law.predictions])
-    ends = np.array([each.interval for each in law.predictions]).T
-    bars: Float64[np.ndarray, "2 n"] = np.maximum(np.abs(ends - predicted), 0)
-    style: Any = {"color": PALETTE[5], "marker": "D", "linestyle": "", "markersize": 5, "capsize": 2}
-    ax.errorbar(predicted, measured, xerr=bars, **style, label="largest runs, predicted")
-    low = float(min(law.runs.loss.min(), ends.min()))
-    high = float(law.runs.loss.max())
-    ax.plot(
-        [low, high], [low, high], color=INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted = measured"
-    )
+    ends = np.array([each.interval for each in law.predictions])
+    ax.plot(law.fitted, law.runs.loss, linestyle="", marker=".", color=_FAINT, label="runs, fitted")
+    style: Any = {"color": PALETTE[5], "marker": "D", "markersize": 4.5}
+    ax.plot(predicted, measured, linestyle="", **style, label="largest runs, predicted")
+    line = [float(min(law.runs.loss.min(), predicted.min())), float(law.runs.loss.max())]
+    ax.plot(line, line, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="predicted = measured")
     ax.set(xlabel="predicted loss", ylabel="measured loss")
     grid(ax)
+    # On the scale of the losses, intervals are too narrow to be seen.
+    share = 100 * (ends / predicted[:, None] - 1)
+    place = np.arange(len(predicted))
+    bars: Any = {"color": _FAINT, "linewidth": 3.5 if len(place) < _FEW else 1.5}
+    beside.vlines(place, share[:, 0], share[:, 1], **bars)
+    beside.plot(place, 100 * (measured / predicted - 1), linestyle="", **style)
+    beside.axhline(0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    beside.set(ylabel="measured over predicted (%)", xlim=(-1, len(place)))
+    if len(place) < _FEW:
+        names = [each.run for each in law.predictions]
+        beside.set_xticks(place, names, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
+    else:
+        beside.set(xticks=[], xlabel=f"{len(place)} largest runs")
     handles: Any = ax.get_legend_handles_labels()[0]
-    _legend(figure, handles, columns=2)
+    _legend(figure, [*handles, Line2D([], [], **bars, label="95% interval")], columns=4)
     return figure, (
-        "Runs of the largest budgets, predicted from the others with a 95% interval for a single run, beside "
-        "the fit of all."
+        "Runs of the largest budgets, predicted from the others, beside the fit of all; and how far off each "
+        "is, with the 95% interval for a single run."
     )
 
 

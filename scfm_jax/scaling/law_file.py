@@ -13,8 +13,9 @@ from scfm_jax.errors import InputError
 from scfm_jax.scaling.comparison import Compared, Influence, Noise, forms_for
 from scfm_jax.scaling.frontier import Cost
 from scfm_jax.scaling.intervals import Parameter
-from scfm_jax.scaling.isoflop import Parabola, Trend
+from scfm_jax.scaling.isoflop import Parabola, Trend, best_neighbours
 from scfm_jax.scaling.law import Effect, Law, LawConfig, Prediction, design_of
+from scfm_jax.scaling.recommend import frontier_of
 from scfm_jax.scaling.repeats import Repeats
 from scfm_jax.scaling.runs import runs_of
 
@@ -60,6 +61,11 @@ def record_of(law: Law) -> dict[str, Any]:
         "names": list(law.form.names),
         **{name: _plain(getattr(law, name)) for name in _PLAIN},
         "estimate": law.estimate.tolist(),
+        "frontier": [
+            {"flops": flops, "choices": [asdict(choice) for choice in choices]}
+            for flops, choices in frontier_of(law)
+        ],
+        "isoflop_neighbours": best_neighbours(law.parabolas),
         "draws": law.draws.tolist(),
         "runs": law.runs.rows(),
     }

@@ -6,6 +6,7 @@ import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -21,6 +22,7 @@ from scfm_jax.training.hardware import ACCELERATORS
 
 FARTHEST = 10.0  # times the largest budget measured
 DEFAULT_MFU = 0.35
+_BUDGETS = 7  # of a frontier that is listed
 # Of the published vocabularies; embeddings are not compared where N leaves them out.
 _GENES = {"tissue": 19_264, "nicheformer": 20_310}
 
@@ -114,7 +116,8 @@ def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice
         of_budget = []
         for place, (k, each) in enumerate(zip(ks, found, strict=True)):
             three = np.stack([each.size[:, c], each.data[:, c], each.loss[:, c]])
-            ends = np.nanquantile(three[:, 1:], law.tails, axis=1)
+            drawn = three[:, 1:][:, np.isfinite(three[2, 1:])]
+            ends = np.quantile(drawn, law.tails, axis=1) if drawn.size else np.full((2, 3), np.nan)
             first, second, third = ((float(low), float(high)) for low, high in ends.T)
             size, data, loss = three[:, 0].tolist()
             share = float((winner[:, c] == place).mean())
@@ -123,7 +126,17 @@ def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice
     return rows
 
 
-def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommendation:
+def frontier_of(law: Law) -> list[tuple[float, list[Choice]]]:
+    """Choices at budgets over the measured range; none where the law refuses."""
+    if law.refusals:
+        return []
+    budgets = np.geomspace(law.runs.flops.min(), law.runs.flops.max(), _BUDGETS)
+    return list(zip(budgets.tolist(), choices_at(law, budgets), strict=True))
+
+
+def recommend(
+    law: Law, flops: float, *, extrapolate: bool = False, where: Path | str = "the law"
+) -> Recommendation:
     """The best size, data and neighbours for a budget.
 
     Parameters
@@ -134,6 +147,9 @@ def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommend
         Answer where the law refuses to: parameters at the edge of their grid or not identified, FLOPs that
         follow no power law, or past ten times the largest budget measured.
 
+    where
+        What to call the law in an error.
+
     Raises
     ------
     InputError
@@ -143,13 +159,13 @@ def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommend
         raise InputError("--flops", f"{flops} is no budget", "give FLOPs above 0")
     if law.form.exponents[:2] != ("alpha", "beta"):
         raise InputError(
-            "the law", "; ".join(law.refusals), "measure runs of three sizes and three amounts of data"
+            where, "; ".join(law.refusals), "measure runs of three sizes and three amounts of data"
         )
     override = "add --extrapolate to have an answer all the same"
     remarks = []
     if law.refusals:
         if not extrapolate:
-            raise InputError("the law", "; ".join(law.refusals), override)
+            raise InputError(where, "; ".join(law.refusals), override)
         remarks += law.refusals
     low, high = float(law.runs.flops.min()), float(law.runs.flops.max())
     times = flops / high if flops > high else low / flops
@@ -162,7 +178,7 @@ def recommend(law: Law, flops: float, *, extrapolate: bool = False) -> Recommend
     choices = choices_at(law, np.array([flops]))[0]
     best = choices[0]
     if not np.isfinite(best.loss):
-        raise InputError("the law", "N or D has no effect, so that no optimum is", "measure more runs")
+        raise InputError(where, "N or D has no effect, so that no optimum is", "measure more runs")
     measured = {
         "flops": (low, high),
         "size": (float(law.design.size.min()), float(law.design.size.max())),

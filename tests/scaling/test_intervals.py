@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from scipy.optimize import least_squares
 from scipy.stats import f as f_distribution
+from scipy.stats import norm
+from scipy.stats import t as t_distribution
 
 from scfm_jax.scaling.forms import Design, Form, make_form, predict
-from scfm_jax.scaling.intervals import Parameter, bootstrap, draw_weights, parameters_of, profile
+from scfm_jax.scaling.intervals import Parameter, bootstrap, draw_weights, parameters_of, profile, tails
 from scfm_jax.scaling.least_squares import fit
 
 # Chinchilla's surface, with a power law in k, and one of masked models of single cells.
@@ -86,7 +90,7 @@ def test_intervals_hold_the_truth_in_ninety_of_a_hundred_studies(
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "E[k=4]", "A", "B"])
 def test_an_end_of_a_profile_is_where_scipys_least_squares_say(name: str) -> None:
-    """With the parameter held at the end, SciPy's least sum of squares exceeds the free one by F's quantile."""
+    """With the parameter held there, SciPy's least sum of squares exceeds the free one by F's quantile."""
     ks = (0, 4)
     form, design = make_form("offset", ks), grid_design(ks, 5, 4)
     loss = measured(form, design, 0.02, 3)
@@ -116,6 +120,15 @@ def test_draws_keep_every_group_whole() -> None:
     for group in (0, 4, 16):
         np.testing.assert_array_equal(weights[:, groups == group].sum(1), (groups == group).sum())
     assert np.abs(weights.mean(0) - 1).max() < 0.25
+
+
+@pytest.mark.parametrize("runs", [6, 42, 10_000])
+def test_expanded_percentiles_of_a_mean_are_students_interval(runs: int) -> None:
+    """Its draws scatter by the deviation of the runs over n rather than n - 1."""
+    low, high = tails(runs, 1)
+    draws_deviation = math.sqrt((runs - 1) / runs)
+    expected = t_distribution.interval(0.95, runs - 1)
+    assert [norm.ppf(low) * draws_deviation, norm.ppf(high) * draws_deviation] == pytest.approx(expected)
 
 
 def design_of(sizes: list[float], data: list[float]) -> Design:

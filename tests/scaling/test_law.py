@@ -1,4 +1,4 @@
-"""Laws of known surfaces: published ones, the frontier, forms compared, runs that drive a fit, repeated data."""
+"""Laws of known surfaces: published ones, the frontier, forms compared, driving runs, repeated data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize_scalar
+from scipy.optimize import curve_fit, minimize_scalar
+from scipy.stats import t as t_distribution
 
 from scfm_jax.errors import InputError
-from scfm_jax.scaling.forms import Design, make_form
-from scfm_jax.scaling.frontier import cost_of
-from scfm_jax.scaling.isoflop import budgets_of, envelope, parabolas
+from scfm_jax.scaling.comparison import compare
+from scfm_jax.scaling.forms import Design, make_form, predict
+from scfm_jax.scaling.frontier import Cost, cost_of, optimum
+from scfm_jax.scaling.isoflop import best_neighbours, budgets_of, envelope, parabolas
 from scfm_jax.scaling.law import Law, LawConfig, fit_law
 from scfm_jax.scaling.law_file import read_law, record_of, write_law
 from scfm_jax.scaling.least_squares import fit
@@ -123,7 +125,7 @@ def test_three_approaches_agree_on_chinchillas_surface(make_rows: Rows) -> None:
 
 
 def test_parabolas_are_biased_where_the_sum_of_powers_is_not(make_rows: Rows) -> None:
-    """Approach 2's known bias, without any noise: it grows with the width of the sizes and with their offset."""
+    """Approach 2's known bias, without noise: it grows with the width of the sizes and with their offset."""
     budgets = np.geomspace(1e18, 1e22, 5)
 
     def off(centre: float, half_width: float) -> float:
@@ -196,8 +198,30 @@ def test_the_frontier_is_scipys(law: Law) -> None:
     assert sum(choice.share for choice in row) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("u", [0.7, 1.0, 1.2])
+def test_the_optimum_under_any_power_of_size_is_scipys(u: float) -> None:
+    """kappa N^u passes D = C, as where attention costs what no parameter does."""
+    cost, budget = Cost(u, {8: 50.0}, {8: 2.5}, 1.0), 1e19
+    form = make_form("power_size", (0, 8))
+    truth = dict(zip(form.names, (ALPHA, BETA, 0.8, 3.0, 1.69, A, B, 0.5, 90.0), strict=True))
+    parameters = np.array([list(truth.values())])
+    gain = (8 + truth["k0"]) ** -truth["gamma"]
+
+    def loss(log_size: float) -> float:
+        size = math.exp(log_size)
+        data = budget / (50.0 * size**u * 2.5)
+        of_size = (truth["A"] + truth["F"] * gain) / size**ALPHA
+        return 1.69 + truth["C"] * gain + of_size + B / data**BETA
+
+    best = minimize_scalar(loss, bounds=(5, 45), method="bounded", options={"xatol": 1e-10})
+    found = optimum(form, parameters, cost, 8, np.array([budget]))
+    assert float(found.size[0, 0]) == pytest.approx(math.exp(best.x), rel=1e-4)
+    assert float(found.loss[0, 0]) == pytest.approx(best.fun, rel=1e-10)
+    assert 50.0 * found.size[0, 0] ** u * 2.5 * found.data[0, 0] == pytest.approx(budget)
+
+
 def test_neighbours_pay_from_some_budget_on(law: Law) -> None:
-    """They take .06 off the loss for each doubling at 1 + k times the cost: little compute is better spent alone."""
+    """They take .06 off the loss for each doubling at 1 + k times the cost: little compute goes without."""
     small, large = choices_at(law, np.array([1e17, 1e25]))
     assert (small[0].k, large[0].k) == (0, 16)
 
@@ -217,6 +241,26 @@ def test_costs_of_cells() -> None:
     assert "times off their power law" in cost_of(Design(size, data, k), cells, flops).refusal
 
 
+def test_vertices_of_parabolas_say_which_k_is_best(law: Law) -> None:
+    """As the law of which they are made: alone at small budgets, with neighbours at large ones."""
+    budgets = np.geomspace(1e17, 1e25, 5)
+    parameters = law.estimate[None]
+    points, loss, flops = [], [], []
+    for budget, k, ratio in itertools.product(budgets, law.design.levels, np.linspace(-1, 1, 5)):
+        best = optimum(law.form, parameters, law.cost, k, np.array([budget]))
+        size = float(best.size[0, 0]) * math.exp(ratio)
+        points.append((size, budget / (6 * (k + 1) * size), k))
+        floor, a, b = law.form.at(k, parameters)[0]
+        loss.append(floor + a / size ** law.estimate[0] + b / points[-1][1] ** law.estimate[1])
+        flops.append(budget)
+    design = Design(*(np.array(column) for column in zip(*points, strict=True)))
+    found, _ = parabolas(design, np.array(loss), np.array(flops), draws=100, seed=0)
+    said = best_neighbours(found)
+    assert [budget for budget, _ in said] == pytest.approx(list(budgets))
+    assert [k for _, k in said] == [row[0].k for row in choices_at(law, budgets)]
+    assert said[0][1] == 0 and said[-1][1] == 16
+
+
 # ---- recommendations
 
 
@@ -234,7 +278,7 @@ def test_recommendation_and_what_it_rests_on(law: Law) -> None:
 def test_too_far_is_refused_unless_asked(law: Law) -> None:
     most = float(law.runs.flops.max())
     assert any("above the largest" in remark for remark in recommend(law, 9 * most).remarks)
-    with pytest.raises(InputError, match="11 times above the largest budget measured.*add --extrapolate"):
+    with pytest.raises(InputError, match=r"11 times above the largest budget measured.*add --extrapolate"):
         recommend(law, 11 * most)
     answer = recommend(law, 11 * most, extrapolate=True)
     assert any("11 times above" in remark for remark in answer.remarks)
@@ -247,11 +291,11 @@ def test_too_far_is_refused_unless_asked(law: Law) -> None:
 
 def test_what_is_not_identified_is_not_recommended(make_rows: Rows) -> None:
     one = runs_of(make_rows([(1e8, d, 0) for d in np.geomspace(1e8, 1e11, 8)], noise=0.01), "runs")
-    with pytest.raises(InputError, match="alpha: 1 value of N only"):
+    with pytest.raises(InputError, match=r"alpha: 1 value of N only"):
         recommend(fit_law(one, FEW), 1e20, extrapolate=True)
     two = [(n, d, 0) for n, d in itertools.product([1e7, 1e9], np.geomspace(1e8, 1e11, 6))]
     fitted = fit_law(runs_of(make_rows(two, noise=0.01), "runs"), FEW)
-    with pytest.raises(InputError, match="2 values of N only.*--extrapolate"):
+    with pytest.raises(InputError, match=r"2 values of N only.*--extrapolate"):
         recommend(fitted, 1e20)
     assert any("2 values of N" in remark for remark in recommend(fitted, 1e20, extrapolate=True).remarks)
 
@@ -321,6 +365,35 @@ def test_comparison_speaks_for_the_form_that_is_true(make_rows: Rows) -> None:
     assert (errors["plain"] or 0) > 3 * (errors["offset_size"] or math.inf)
 
 
+def test_held_out_error_is_that_of_fits_without_a_configuration(make_rows: Rows) -> None:
+    rows = make_rows(grid()[::2], noise=0.02, seeds=2)
+    runs = runs_of(rows, "runs")
+    design, form = Design(runs.parameters, runs.cells, runs.k), make_form("plain", (0,))
+    errors = []
+    for configuration in range(15):
+        inside = np.arange(30) // 2 == configuration
+        parameters = fit(form, design.take(~inside), runs.loss[~inside]).parameters
+        errors += list(np.log(predict(form, design.take(inside), parameters)[0] / runs.loss[inside]))
+    compared = compare(form, design, runs.loss, 0)
+    assert compared.held_out_error == pytest.approx(math.sqrt(np.mean(np.square(errors))), rel=1e-4)
+    # AIC with the noise as a sixth parameter, corrected for 30 runs.
+    sse = float(fit(form, design, runs.loss).sse[0])
+    expected = 30 * math.log(sse / 30) + 2 * 6 + 2 * 6 * 7 / (30 - 6 - 1)
+    assert compared.parameters == 5 and compared.aic == pytest.approx(expected, rel=1e-9)
+
+
+def test_runs_that_the_others_cannot_predict_are_no_error_of_a_form(make_rows: Rows) -> None:
+    """k = 64 at one size alone: nothing says what size is worth there, nor, without it, what its floor is."""
+    points = [(n, d, 0) for n, d in itertools.product([1e6, 1e7, 1e8, 1e9], [1e8, 1e9, 1e10])]
+    points += [(1e8, 1e9, 4), (1e7, 1e9, 4), (1e6, 1e9, 4), (1e7, 1e9, 64)]
+    law = fit_law(runs_of(make_rows(points, with_neighbours, noise=0.002, seeds=2), "runs"), FEW)
+    by_name = {each.form: each for each in law.compared}
+    assert by_name["offset"].unpredictable == 2 and by_name["plain"].unpredictable == 0
+    assert by_name["offset_size"].unpredictable == 2
+    assert (by_name["offset_size"].held_out_error or 1) < 0.01
+    assert "offset_data" not in by_name  # D varies at k = 0 alone, so that it is offset by another name
+
+
 def test_a_power_law_in_k_needs_six_levels_and_ten_times_the_noise(make_rows: Rows) -> None:
     def power(size: float, data: float, k: int) -> float:
         return 1.4 + A / size**ALPHA + B / data**BETA + 0.6 / (k + 3) ** 0.7
@@ -372,6 +445,29 @@ def test_largest_runs_are_predicted_from_the_others(make_rows: Rows) -> None:
     assert fit_law(runs_of(rows, "runs"), LawConfig(draws=100, held_out=0)).predictions == []
 
 
+def test_predictions_far_out_are_as_unsure_as_scipys_covariance_says(make_rows: Rows) -> None:
+    near = itertools.product(np.geomspace(1e6, 1e9, 6), np.geomspace(1e8, 1e9, 6), (0,))
+    rows = make_rows([*near, (1e11, 1e12, 0)], noise=0.02, seeds=2)
+    first, _ = fit_law(runs_of(rows, "runs"), LawConfig(draws=400)).predictions
+    runs = runs_of(rows[:-2], "runs")
+    size, data, loss = runs.parameters_without_embeddings, runs.cells, runs.loss
+
+    def surface(at: tuple[np.ndarray, np.ndarray], *x: float) -> np.ndarray:
+        return x[2] + np.exp(x[3] - x[0] * np.log(at[0])) + np.exp(x[4] - x[1] * np.log(at[1]))
+
+    start = [ALPHA, BETA, 1.69, math.log(A), math.log(B)]
+    best, covariance = curve_fit(surface, (size, data), loss, p0=start)
+    far = (np.array([1e11]), np.array([1e12]))
+    steps = 1e-6 * np.eye(5)
+    slope = (
+        np.array([surface(far, *(best + step))[0] - surface(far, *(best - step))[0] for step in steps]) / 2e-6
+    )
+    noise = np.sum((loss - surface((size, data), *best)) ** 2) / (len(loss) - 5)
+    expected = t_distribution.ppf(0.975, len(loss) - 5) * math.sqrt(slope @ covariance @ slope + noise)
+    assert slope @ covariance @ slope > 2 * noise
+    assert (first.interval[1] - first.interval[0]) / 2 == pytest.approx(expected, rel=0.2)
+
+
 # ---- too little
 
 
@@ -398,11 +494,28 @@ def test_too_few_runs_say_how_many(
         fit_law(runs_of(make_rows(chosen, seeds=3), "runs"), LawConfig(draws=100, form=form))
 
 
+def test_without_sizes_or_data_there_is_no_law(make_rows: Rows) -> None:
+    rows = make_rows([(1e7, 1e9, k) for k in (0, 4, 16, 64)], with_neighbours, seeds=3)
+    with pytest.raises(InputError, match="neither N nor D varies"):
+        fit_law(runs_of(rows, "runs"), FEW)
+
+
+def test_a_loss_that_rises_with_size_has_no_optimum(make_rows: Rows) -> None:
+    def rising(size: float, data: float, k: int) -> float:
+        return 1 + 0.02 * math.log(size) + 410.7 / data**0.28
+
+    law = fit_law(runs_of(make_rows(grid(), rising, noise=0.002), "runs"), FEW)
+    why = {parameter.name: parameter.why for parameter in law.parameters}
+    assert "no effect" in why["alpha"] and "no effect" in why["A"]
+    with pytest.raises(InputError, match="N or D has no effect"):
+        recommend(law, 1e20, extrapolate=True)
+
+
 # ---- repeated data
 
 
 def test_effective_data_is_the_papers() -> None:
-    """Muennighoff et al.: 4 epochs are nearly as good as fresh data, 40 are worth little more than 16 of it."""
+    """Muennighoff et al.: 4 epochs are nearly as good as fresh data, 40 are worth little more than 16."""
     unique = np.array([1e6, 1e6, 1e6, 1e6])
     total = unique * [0.5, 1, 5, 50]
     expected = [

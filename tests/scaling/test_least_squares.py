@@ -115,6 +115,20 @@ def test_no_effect_gives_coefficients_of_zero() -> None:
     assert found.parameters[0, form.names.index("A")] == 0
 
 
+@pytest.mark.parametrize("scale", [1e-3, 100.0])
+def test_a_loss_in_other_units_has_the_same_law(scale: float) -> None:
+    design, form = random_design(60, (0, 4)), make_form("offset", (0, 4))
+    noise = 0.003 * np.random.default_rng(0).normal(size=60)
+    loss = predict(form, design, true_parameters(form)[None])[0] * np.exp(noise)
+    one, other = (fit(form, design, loss * times) for times in (1, scale))
+    expected = one.parameters[0] * np.where(np.arange(form.n_parameters) < 2, 1, scale)
+    np.testing.assert_allclose(other.parameters[0], expected, rtol=1e-5)
+    robust, scaled = fit_huber(form, design, loss, one), fit_huber(form, design, loss * scale, other)
+    costs = [huber_cost(form, design, loss, robust), huber_cost(form, design, loss * scale, scaled)]
+    assert costs[1] == pytest.approx(costs[0], rel=1e-4)
+    np.testing.assert_allclose(scaled[:2], robust[:2], rtol=2e-3)
+
+
 @pytest.mark.parametrize("name", ["plain", "offset", "power"])
 def test_huber_is_scipys(name: str) -> None:
     """Huber's loss of log losses, as scipy.optimize.least_squares has it, with runs that went astray."""
