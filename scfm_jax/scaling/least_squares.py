@@ -103,7 +103,7 @@ def fit(
     ones = np.ones((1, len(design)))
     _, sse = _on_grid(form, design, loss, ones, grid)
     best = np.argsort(sse[0])
-    # Valleys may be several: the best points that are not beside each other.
+    # One start may end in a side valley.
     starts = grid[best[: min(8, len(best))]]
     tried = refine(form, design, loss, np.repeat(ones, len(starts), axis=0), starts)
     whole = _row(tried, int(np.argmin(tried.sse)))

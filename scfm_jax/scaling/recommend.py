@@ -21,7 +21,6 @@ from scfm_jax.scaling.sizes import Size, size_of
 from scfm_jax.training.hardware import ACCELERATORS
 
 FARTHEST = 10.0  # times the largest budget measured
-DEFAULT_MFU = 0.35
 _BUDGETS = 7  # of a frontier that is listed
 # Of the published vocabularies; embeddings are not compared where N leaves them out.
 _GENES = {"tissue": 19_264, "nicheformer": 20_310}
@@ -85,7 +84,7 @@ class Recommendation:
     start: Start | None
 
 
-def budget_of(chips: int, hours: float, device: str, mfu: float = DEFAULT_MFU) -> float:
+def budget_of(chips: int, hours: float, device: str, mfu: float) -> float:
     """Model FLOPs that so many chips do in so many hours at a share `mfu` of their dense bf16 peak.
 
     Raises

@@ -9,6 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from surfaces import ALPHA, BETA, FEW, A, B, grid, with_neighbours
+
+from scfm_jax.scaling.law import Law, fit_law
+from scfm_jax.scaling.runs import runs_of
 
 Row = dict[str, Any]
 Surface = Callable[[float, float, int], float]
@@ -16,12 +20,7 @@ Surface = Callable[[float, float, int], float]
 
 def chinchilla(size: float, data: float, k: int = 0) -> float:
     """Hoffmann et al. (2022), approach 3."""
-    return 1.69 + 406.4 / size**0.34 + 410.7 / data**0.28
-
-
-@pytest.fixture(scope="session")
-def surface() -> Surface:
-    return chinchilla
+    return 1.69 + A / size**ALPHA + B / data**BETA
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +69,10 @@ def write_rows(tmp_path: Path) -> Callable[[Iterable[Row]], Path]:
         return path
 
     return write_rows
+
+
+@pytest.fixture(scope="session")
+def law(make_rows: Callable[..., list[Row]]) -> Law:
+    """Three k, two seeds."""
+    rows = make_rows(grid((0, 4, 16)), with_neighbours, noise=0.004, seeds=2)
+    return fit_law(runs_of(rows, "runs"), FEW)
