@@ -34,9 +34,7 @@ def test_no_cell_that_is_fitted_neighbours_one_that_chooses(tissue):
         blocks = set(block[cells[held_out]])
         others = [row for row in range(600) if block[cells[row]] not in blocks]
         of_held = {cell for cell in held for cell in near[cell]}
-        expected = [
-            row for row in others if not held & set(near[cells[row]]) and cells[row] not in of_held
-        ]
+        expected = [row for row in others if not held & set(near[cells[row]]) and cells[row] not in of_held]
         assert fit.tolist() == expected and len(expected) < len(others)
         assert set(held_out) == set(range(600)) - set(others)
         chosen_on += [held_out]
