@@ -35,15 +35,19 @@ def test_the_forward_pass_cell_by_cell():
     def linear(name, x):
         return x @ np.asarray(head[name]["kernel"]) + np.asarray(head[name]["bias"])
 
-    def network(cell):
-        return np.maximum(linear("cell_2", np.maximum(linear("cell_1", features[cell]), 0)), 0)
+    def gelu(x):  # Hendrycks & Gimpel 2016, by tanh
+        return 0.5 * x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    def mean(of_each, size):
+        return np.mean(of_each, axis=0) if of_each else np.zeros(size)
 
     expected = []
     for row in rows:
-        around = [network(cell) for cell in near[row] if cell >= 0]
-        mean = np.mean(around, axis=0) if around else np.zeros(5)
-        both = np.concatenate([network(row), mean])
-        expected.append(linear("both_2", np.maximum(linear("both_1", both), 0)))
+        around = [features[cell] for cell in near[row] if cell >= 0]
+        each = [gelu(linear("each_2", gelu(linear("each_1", cell)))) for cell in around]
+        own = features[row]
+        both = np.concatenate([gelu(linear("own", own)), mean(each, 5), own, mean(around, 3)])
+        expected.append(linear("both_2", gelu(linear("both_1", both))))
     said = apply_neighbourhood(head, jnp.asarray(features), jnp.asarray(near), jnp.asarray(rows))
     assert np.asarray(said) == pytest.approx(np.array(expected), abs=1e-5)
 
@@ -69,7 +73,7 @@ def test_learns_what_a_linear_model_of_means_cannot(spread):
     assert score("classes", asked.truth, linear)["accuracy"] < 0.65
     losses = [row["train_loss"] for row in history]
     assert len(losses) == 12 and losses[-1] < 0.7 * losses[0]
-    assert weights == (2 + 1) * 16 + (16 + 1) * 16 + (32 + 1) * 16 + (16 + 1) * 2
+    assert weights == 2 * (2 + 1) * 16 + (16 + 1) * 16 + (2 * (2 + 16) + 1) * 16 + (16 + 1) * 2
 
 
 def test_values_compositions_seeds_and_no_neighbours(spread):
