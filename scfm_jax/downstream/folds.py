@@ -123,36 +123,31 @@ def make_folds(corpus: Corpus, config: FoldsConfig) -> Folds:
         min_kept=config.min_kept,
         seed=config.seed,
     )
-    if config.by in ("blocks", "random"):
+    if config.by == "random":
         # No margin lies around random cells, and none can leave too few to learn from.
-        first = split_cells(corpus, replace(blocks, margin=0) if config.by == "random" else blocks)
-        if config.by == "random":
-            draws = KFold(config.n_folds, shuffle=True, random_state=config.seed).split(
-                np.arange(corpus.n_cells)
+        block = split_cells(corpus, replace(blocks, margin=0)).block
+        draws = KFold(config.n_folds, shuffle=True, random_state=config.seed).split(np.arange(corpus.n_cells))
+        folds = [Fold(str(number), *cells) for number, cells in enumerate(draws)]
+        return Folds(tuple(folds), block, True, config.description)
+    if config.by == "blocks":
+        # Under two folds there is still one split, which refuses their number.
+        splits = {
+            str(number): split_cells(corpus, replace(blocks, fold=number))
+            for number in range(max(config.n_folds, 1))
+        }
+    else:
+        groups = _groups(corpus, config)
+        if len(groups) < 2 and not config.groups:
+            raise InputError(
+                corpus.path,
+                f"split.by {config.by} finds one group, {next(iter(groups))!r}",
+                "split by blocks",
             )
-            folds = [Fold(str(number), *cells) for number, cells in enumerate(draws)]
-        else:
-            folds = [
-                _fold(corpus, SplitConfig(**{**vars(blocks), "fold": n}), str(n))
-                for n in range(config.n_folds)
-            ]
-        return Folds(tuple(folds), first.block, config.by == "random", config.description)
-    groups = _groups(corpus, config)
-    if len(groups) < 2 and not config.groups:
-        raise InputError(
-            corpus.path, f"split.by {config.by} finds one group, {next(iter(groups))!r}", "split by blocks"
-        )
-    splits = [
-        (name, split_cells(corpus, SplitConfig(**{**vars(blocks), "held_out": slides})))
-        for name, slides in groups.items()
-    ]
-    folds = [Fold(name, split.train, split.test) for name, split in splits]
-    return Folds(tuple(folds), splits[0][1].block, False, config.description)
-
-
-def _fold(corpus: Corpus, config: SplitConfig, name: str) -> Fold:
-    split = split_cells(corpus, config)
-    return Fold(name, split.train, split.test)
+        splits = {
+            name: split_cells(corpus, replace(blocks, held_out=slides)) for name, slides in groups.items()
+        }
+    folds = [Fold(name, split.train, split.test) for name, split in splits.items()]
+    return Folds(tuple(folds), next(iter(splits.values())).block, False, config.description)
 
 
 def _groups(corpus: Corpus, config: FoldsConfig) -> dict[str, tuple[str, ...]]:

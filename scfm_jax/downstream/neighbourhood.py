@@ -21,7 +21,7 @@ from scfm_jax.downstream.question import Question
 from scfm_jax.downstream.scores import Kind
 from scfm_jax.downstream.targets import cell_losses, loss_targets
 from scfm_jax.errors import InputError, check_least
-from scfm_jax.models.functional import Parameters
+from scfm_jax.models.functional import Parameters, count_parameters
 
 _CLIP = 1.0
 
@@ -115,7 +115,6 @@ def neighbourhood_answer(
     begin, step = _programs(config, question.kind)
     key = jax.random.key(seed)
     head = init_neighbourhood(features.shape[1], config.width, outputs, key)
-    n_weights = sum(leaf.size for leaf in jax.tree.leaves(head))
     state, history = begin(head), []
     for number in range(config.epochs):
         order, values = np.random.default_rng([seed, number]).permutation(len(train)), []
@@ -130,8 +129,10 @@ def neighbourhood_answer(
         raise InputError("peak_rate", "the loss is not finite", "lower it")
     said = np.asarray(_apply(state["head"], x, near, jnp.asarray(test, jnp.int32)))
     if question.kind == "value":
-        return (said[:, 0] * scale + middle).astype(np.float32), history, n_weights
-    return np.asarray(jax.nn.softmax(said, axis=1)), history, n_weights
+        answer = (said[:, 0] * scale + middle).astype(np.float32)
+    else:
+        answer = np.asarray(jax.nn.softmax(said, axis=1))
+    return answer, history, count_parameters(state["head"])
 
 
 @functools.lru_cache(maxsize=64)
