@@ -132,14 +132,14 @@ class Models:
 
     def _pretrain(self, name: str, fold: int, folder: Path) -> None:
         """Train, or go on training, a run; nothing happens to one that is done."""
-        how = self._suite.models[name].pretraining
+        config = self._suite.models[name]
+        how = config.pretraining
         assert how is not None
         files = how.files or tuple(self._suite.files)
         sources = [self._suite.files[file] for file in files]
         corpus = open_cohort(
             self._out / "corpora" / "-".join(files), sources, **read_tables(self._suite)
         ).corpus
-        config = self._suite.models[name]
         of_task = self._suite.tasks[(config.tasks or tuple(self._suite.tasks))[0]].split.groups
         group = of_task[fold] if fold < len(of_task) else ""
         flags = [self._filled(flag, fold).replace("{group}", group) for flag in how.flags]

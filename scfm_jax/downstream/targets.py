@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Float, Float32, Int64, Shaped
-from sklearn.metrics import f1_score, r2_score
+from sklearn.metrics import r2_score
 from sklearn.utils.class_weight import compute_class_weight
 
-from scfm_jax.downstream.scores import Kind
+from scfm_jax.downstream.scores import Kind, macro_f1
 from scfm_jax.errors import InputError
 
 
@@ -80,9 +80,7 @@ def cell_losses(
 def score(kind: Kind, truth: np.ndarray, said: np.ndarray) -> float:
     """Higher is better; see `FineTuned.history`."""
     if kind == "classes":
-        return float(
-            f1_score(truth, said.argmax(1), labels=np.unique(truth), average="macro", zero_division=0)
-        )
+        return macro_f1(truth, said.argmax(1))
     if kind == "composition":
         return float(np.sum(truth * np.log(np.maximum(said, 1e-12)), axis=1).mean())
     return float(r2_score(truth, said))
