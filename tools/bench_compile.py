@@ -46,7 +46,7 @@ def seconds(config: RunConfig, devices: list[jax.Device]) -> float:
     start = time.process_time()
     work = make_workload(config, Cells())
     program = make_program(config, make_mesh(config.mesh, devices), learning_of(config, work.n_genes))
-    program.step.lower(program.like, work.batch(type(config.model))).compile()
+    program.step.lower(program.like, work.batch(type(config.model)), program.given(0)).compile()
     return time.process_time() - start
 
 

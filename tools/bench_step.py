@@ -111,16 +111,16 @@ def ours(name: str, arguments: Arguments, flags: list[str]) -> dict[str, Any]:
     learning = make_learning(config, n_genes, np.array([1 << 30]), np.zeros(1, np.int64))
     program = make_program(config, mesh, learning)
     batch = jax.device_put(measured.batch, batch_sharding(mesh))
-    state = program.fresh()
+    state, given = program.fresh(), program.given(0)
     began = time.perf_counter()
-    step = program.step.lower(state, batch).compile()
+    step = program.step.lower(state, batch, given).compile()
     compiled = time.perf_counter() - began
 
     def steps(number: int) -> tuple[float, dict[str, Any]]:
         nonlocal state
         began = time.perf_counter()
         for _ in range(number):
-            state, sums = step(state, batch)
+            state, sums = step(state, batch, given)
         jax.block_until_ready(state)
         return (time.perf_counter() - began) / number, jax.device_get(sums)
 

@@ -183,7 +183,7 @@ class Stepper:
     def __init__(self, config: RunConfig, task: Task) -> None:
         self._mesh = make_mesh(config.mesh)
         program = make_program(config, self._mesh, task)
-        self._step, self._state = program.step, program.fresh()
+        self._step, self._state, self._given = program.step, program.fresh(), program.given(0)
         self._compiled: dict[tuple[int, int], jax.stages.Compiled] = {}
         self.compile_seconds: dict[tuple[int, int], float] = {}
 
@@ -193,13 +193,13 @@ class Stepper:
         for shape, batch in dict(ready).items():
             if shape not in self._compiled:
                 began = time.perf_counter()
-                self._compiled[shape] = self._step.lower(self._state, batch).compile()
+                self._compiled[shape] = self._step.lower(self._state, batch, self._given).compile()
                 self.compile_seconds[shape] = time.perf_counter() - began
-                self._state, _ = self._compiled[shape](self._state, batch)
+                self._state, _ = self._compiled[shape](self._state, batch, self._given)
         jax.block_until_ready((self._state, ready))
         began = time.perf_counter()
         for shape, batch in ready:
-            self._state, _ = self._compiled[shape](self._state, batch)
+            self._state, _ = self._compiled[shape](self._state, batch, self._given)
         jax.block_until_ready(self._state)
         return time.perf_counter() - began
 

@@ -33,6 +33,13 @@ class Ladder:
             raise ValueError(f"{length} tokens exceed the longest rung, {self.rungs[-1]}")
         return self.rungs[place]
 
+    def reaching(self, longest: int, multiple: int) -> Ladder:
+        """The same, going on in steps of a quarter, multiples of `multiple`, until it holds `longest`."""
+        rungs = list(self.rungs)
+        while rungs[-1] < longest:
+            rungs.append(-(-rungs[-1] * 5 // (4 * multiple)) * multiple)
+        return Ladder(tuple(rungs))
+
 
 def fit_ladder(lengths: Int[np.ndarray, " n"], *, n_rungs: int, multiple: int, longest: int) -> Ladder:
     """The ladder that pads a sample of lengths least.
@@ -46,7 +53,7 @@ def fit_ladder(lengths: Int[np.ndarray, " n"], *, n_rungs: int, multiple: int, l
     multiple
         Every rung is a multiple of it.
     longest
-        Upper bound of any length. Above the sample the rungs go on in steps of a quarter, rarely used.
+        Upper bound of any length. The rungs above the sample (see `Ladder.reaching`) are rarely used.
     """
     rounded, weight = np.unique(-(-np.maximum(lengths, 1) // multiple) * multiple, return_counts=True)
     n_rungs = min(n_rungs, len(rounded))
@@ -64,7 +71,4 @@ def fit_ladder(lengths: Int[np.ndarray, " n"], *, n_rungs: int, multiple: int, l
         rungs.append(int(rounded[end]))
         end = int(cut[end]) - 1
     rungs.append(int(rounded[end]))
-    rungs.reverse()
-    while rungs[-1] < longest:
-        rungs.append(-(-rungs[-1] * 5 // (4 * multiple)) * multiple)
-    return Ladder(tuple(rungs))
+    return Ladder(tuple(reversed(rungs))).reaching(longest, multiple)

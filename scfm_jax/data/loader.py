@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from scfm_jax.corpus import BLOCK, Corpus
 from scfm_jax.data.batch import Batch
-from scfm_jax.data.ladder import fit_ladder
+from scfm_jax.data.ladder import Ladder, fit_ladder
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.ranks import RankConfig, TokenMask
@@ -57,6 +57,10 @@ class DataConfig:
         Static lengths that typical batches are padded to; each costs a compilation.
     length_multiple
         Lengths are multiples of it (128 suits an accelerator).
+    lengths
+        Static lengths of the encoder's rows, and of what is decoded, ascending, in place of those that suit
+        the training cells: runs on different cells then share their compilations. They go on as fitted ones
+        do where a row is longer. Empty: fitted.
     pool_blocks
         Blocks of 64 cells that are shuffled together.
     prefetch
@@ -77,6 +81,7 @@ class DataConfig:
     window: int = 64
     rungs: int = 16
     length_multiple: int = 8
+    lengths: tuple[tuple[int, ...], ...] = ()
     pool_blocks: int = 256
     prefetch: int = 2
     cache_mib: int = 1_024
@@ -102,6 +107,12 @@ class DataConfig:
                 "data.virtual_shards",
                 f"{self.virtual_shards} does not divide data.batch_size, {self.batch_size}",
                 "choose a divisor",
+            )
+        if self.lengths and (
+            len(self.lengths) != 2 or any(not of or list(of) != sorted(set(of)) for of in self.lengths)
+        ):
+            raise InputError(
+                "data.lengths", f"{self.lengths} are not two ascending lists", "give two, or none to fit them"
             )
 
 
@@ -218,6 +229,12 @@ class Loader:
         self._asked: OrderedDict[int, list[Future[_Part]]] = OrderedDict()
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
+        if config.lengths:
+            self.ladders = [
+                Ladder(rungs).reaching(longest, config.length_multiple)
+                for rungs, longest in zip(config.lengths, self._reader.longest, strict=True)
+            ]
+            return
         # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their
         # compilations.
         observed = np.concatenate(

@@ -235,7 +235,7 @@ def _compile(config: RunConfig, topology: Topology, work: Workload) -> _Measured
     """Compile the step; where it does not fit, the compiler tells what it would take and no more."""
     mesh = make_mesh(config.mesh, topology.devices)
     program = make_program(config, mesh, learning_of(config, work.n_genes))
-    lowered = program.step.lower(program.like, work.batch(type(config.model)))
+    lowered = program.step.lower(program.like, work.batch(type(config.model)), program.given(0))
     moved, found = None, []
     try:
         compiled = lowered.compile()

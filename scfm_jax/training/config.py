@@ -213,30 +213,43 @@ def load_recipe(path: str | Path) -> RunConfig:
     InputError
         No such file, no such function, a recipe with an unknown field, or one that fails or gives no config.
     """
+    return from_python(path, "recipe", RunConfig)
+
+
+def from_python(path: str | Path, function: str, kind: type[T]) -> T:
+    """What a function without arguments of a Python file returns, which must be of a `kind`.
+
+    Raises
+    ------
+    InputError
+        As `load_recipe`.
+    """
     path = Path(path)
-    mend = "name a Python file with a function recipe()"
+    mend = f"name a Python file with a function {function}()"
     if not path.is_file():
-        raise InputError(path, "there is no such recipe", mend)
+        raise InputError(path, f"there is no such {function}", mend)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise InputError(path, "is no Python file", mend)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.recipe()
+        value = getattr(module, function)()
     except InputError:
         raise
     except AttributeError as error:
-        raise InputError(path, str(error), "define recipe() -> RunConfig") from error
+        raise InputError(path, str(error), f"define {function}() -> {kind.__name__}") from error
     except (TypeError, ValueError, SyntaxError, ImportError) as error:
-        raise InputError(path, str(error), "mend that field of the recipe") from error
+        raise InputError(path, str(error), f"mend that field of the {function}") from error
     except Exception as error:  # a recipe is any Python
-        raise InputError(path, f"{type(error).__name__}: {error}", "mend the recipe") from error
-    if not isinstance(config, RunConfig):
+        raise InputError(path, f"{type(error).__name__}: {error}", f"mend the {function}") from error
+    if not isinstance(value, kind):
         raise InputError(
-            path, f"recipe() returns {type(config).__name__}", "return a scfm_jax.training.config.RunConfig"
+            path,
+            f"{function}() returns {type(value).__name__}",
+            f"return a {kind.__module__}.{kind.__name__}",
         )
-    return config
+    return value
 
 
 def override(config: RunConfig, flags: Sequence[str], where: str) -> RunConfig:

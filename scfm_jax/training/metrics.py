@@ -61,7 +61,7 @@ class Meter:
     def read(
         self, sums: dict[str, Any], rows: int, lengths: tuple[int, int], seconds: dict[str, float]
     ) -> dict[str, float | None]:
-        """Shares and speeds of a step.
+        """Real tokens and model FLOPs of a step, shares and speeds.
 
         Parameters
         ----------
@@ -75,18 +75,18 @@ class Meter:
         names = ("tokens", "pairs", "second_tokens", "second_pairs")
         real, padded = Load(rows, *(float(sums[name]) for name in names)), Load.padded(rows, *lengths)
         took = max(sum(seconds[purpose] for purpose in ("compute", "data", "other")), 1e-9)
-        flops, padded_flops = (
-            training_flops(self.model, self.n_genes, load) / took for load in (real, padded)
-        )
+        flops, padded_flops = (training_flops(self.model, self.n_genes, load) for load in (real, padded))
         return {
+            "tokens": real.tokens,
+            "flops": flops,
             "real_tokens": real.tokens / padded.tokens,
             "real_pairs": real.pairs / padded.pairs,
             "tokens_per_second": padded.tokens / took,
             "real_tokens_per_second": real.tokens / took,
-            "flops_per_second": flops,
-            "padded_flops_per_second": padded_flops,
-            "mfu": flops / self.peak_flops if self.peak_flops else None,
-            "padded_mfu": padded_flops / self.peak_flops if self.peak_flops else None,
+            "flops_per_second": flops / took,
+            "padded_flops_per_second": padded_flops / took,
+            "mfu": flops / took / self.peak_flops if self.peak_flops else None,
+            "padded_mfu": padded_flops / took / self.peak_flops if self.peak_flops else None,
         }
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
+from jaxtyping import Float32
 
 from scfm_jax.training.config import OptimiserConfig
 
 # Muon's updates get the root mean square that AdamW's have, so that one learning rate suits both (Liu et al.,
 # "Muon is Scalable for LLM Training", 2025).
 MUON_RMS = 0.2
+
+_BLOCK = 1_024  # learning rates that are computed together
 
 
 def learning_rate(config: OptimiserConfig) -> optax.Schedule:
@@ -37,7 +42,20 @@ def learning_rate(config: OptimiserConfig) -> optax.Schedule:
     )
 
 
-def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransformation:
+def rates_of(config: OptimiserConfig) -> Callable[[int], np.float32]:
+    """The learning rate of a step, counted from 0, on the host: many are computed at once."""
+    schedule = jax.jit(jax.vmap(learning_rate(config)))
+
+    @functools.lru_cache(maxsize=2)
+    def of_block(number: int) -> Float32[np.ndarray, " steps"]:
+        return np.asarray(schedule(np.arange(number * _BLOCK, (number + 1) * _BLOCK)), np.float32)
+
+    return lambda step: of_block(step // _BLOCK)[step % _BLOCK]
+
+
+def make_optimiser(
+    config: OptimiserConfig, names: Any, rate: optax.Schedule | None = None
+) -> optax.GradientTransformation:
     """AdamW or Muon, after clipping by the global norm.
 
     Parameters
@@ -46,12 +64,14 @@ def make_optimiser(config: OptimiserConfig, names: Any) -> optax.GradientTransfo
         Tree of logical names: a parameter with two named axes or more, layers aside, is a matrix.
         Muon takes the matrices that have a named axis, each stacked layer's on its own, and leaves the gene
         table, biases and norms to Nadam without decay.
+    rate
+        The learning rate of each step; that of `config` if not given.
     """
 
     def of_each(rule: Callable[[tuple[str | None, ...]], Any]) -> Any:
         return jax.tree.map(rule, names, is_leaf=lambda node: isinstance(node, tuple))
 
-    rate = learning_rate(config)
+    rate = rate or learning_rate(config)
     decays = of_each(lambda logical: config.decay == "all" or len(_own_axes(logical)) >= 2)
     if config.name == "adamw":
         method = optax.adamw(

@@ -67,7 +67,7 @@ def _check_resumed(folder: Path, config: RunConfig, corpus: Corpus, means: Mappi
     if stored_hash != corpus.hash:
         raise InputError(folder, "was trained on another corpus", "resume with the corpus it names")
     free = ("corpus", "optimiser", "mesh", "log_every", "checkpoint_every", "keep_last", "keep_best")
-    free_of_data = ("prefetch", "cache_mib", "readers")
+    free_of_data = ("lengths", "prefetch", "cache_mib", "readers")
     same = replace(
         stored,
         **{name: getattr(config, name) for name in free},

@@ -8,9 +8,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
+from jaxtyping import UInt32
 
 from scfm_jax.models.functional import Parameters, abstract, initialise
 from scfm_jax.models.sharding import split_by
@@ -23,10 +26,12 @@ from scfm_jax.training.mesh import (
     parameter_shardings,
     replicated,
 )
-from scfm_jax.training.optimiser import make_optimiser
+from scfm_jax.training.optimiser import make_optimiser, rates_of
 from scfm_jax.training.task import Learning
 
 State: TypeAlias = dict[str, Any]
+Given: TypeAlias = dict[str, Any]
+Words: TypeAlias = UInt32[ArrayLike, "2"]
 
 
 @dataclass(frozen=True)
@@ -41,93 +46,107 @@ class Program:
         The state as shapes, dtypes and shardings.
     fresh
         () to the state of step 0.
+    given
+        What the step after so many is given beside the batch: the learning rate and the run's key. They are
+        arguments, so that runs of equal shape share a compilation, whatever their seed and schedule.
     step
-        (state, batch) to (state, sums); the state is donated.
+        (state, batch, given) to (state, sums); the state is donated.
     evaluate
-        (parameters, batch) to sums.
+        (parameters, batch, key) to sums.
+    key
+        The two words of the run's key.
     """
 
     shapes: Parameters
     like: State
-    fresh: Any
+    fresh: Callable[[], State]
+    given: Callable[[int], Given]
     step: Any
     evaluate: Any
+    key: Words
 
 
 def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
     """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it."""
     check_batch(config, mesh)
     graph, shapes, names = abstract(learning.build)
-    optimiser = make_optimiser(config.optimiser, names)
+    optimiser = make_optimiser(config.optimiser, names, rate=lambda step: 1.0)
     shardings = state_shardings(mesh, optimiser, shapes, names)
     split = activation_split(mesh)
 
-    def loss(parameters: Parameters, batch: Any) -> dict[str, jax.Array]:
+    def loss(parameters: Parameters, batch: Any, key: Words) -> dict[str, jax.Array]:
         with split_by(split):
-            return learning.loss(nnx.merge(graph, parameters), batch, key)
+            return learning.loss(
+                nnx.merge(graph, parameters), batch, jax.random.wrap_key_data(jnp.asarray(key))
+            )
 
-    key = jax.random.key(config.seed)
-    fresh = jax.jit(lambda: fresh_state(learning, optimiser, key), out_shardings=shardings)
+    # NumPy's, which every host has alike.
+    key, rates = np.asarray(jax.random.key_data(jax.random.key(config.seed))), rates_of(config.optimiser)
+    fresh = jax.jit(
+        lambda key: fresh_state(learning, optimiser, jax.random.wrap_key_data(key)), out_shardings=shardings
+    )
     return Program(
         shapes=shapes,
-        like=abstract_state(jax.eval_shape(fresh), shardings),
-        fresh=fresh,
+        like=abstract_state(jax.eval_shape(fresh, key), shardings),
+        fresh=lambda: fresh(key),
+        given=lambda step: {"rate": rates(step), "key": key},
         step=jax.jit(
             make_step(loss, learning.drawn, optimiser, config.optimiser.accumulation, shardings),
-            in_shardings=(shardings, batch_sharding(mesh)),
+            in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         ),
         evaluate=jax.jit(
             loss,
-            in_shardings=(shardings["parameters"], batch_sharding(mesh)),
+            in_shardings=(shardings["parameters"], batch_sharding(mesh), replicated(mesh)),
             out_shardings=replicated(mesh),
         ),
+        key=key,
     )
 
 
 def make_step(
-    loss: Callable[[Parameters, Any], dict[str, jax.Array]],
+    loss: Callable[[Parameters, Any, Words], dict[str, jax.Array]],
     drawn: Callable[[jax.Array], jax.Array],
     optimiser: optax.GradientTransformation,
     parts: int,
     shardings: State,
-) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
-    """The pure training step (state, batch) -> (state, sums).
+) -> Callable[[State, Any, Given], tuple[State, dict[str, jax.Array]]]:
+    """The pure training step (state, batch, given) -> (state, sums).
 
     The gradient is that of ``sum of losses / sum of weights`` over the global batch. Microbatches (`parts` a
     step) add up both sums, so that accumulation changes the memory and nothing else. Gradients lie where
-    their parameters do.
+    their parameters do. `optimiser` is one of rate 1: all of its updates are proportional to the rate.
     """
 
-    def summed(parameters: Any, batch: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        sums = loss(parameters, batch)
+    def summed(parameters: Any, batch: Any, key: Words) -> tuple[jax.Array, dict[str, jax.Array]]:
+        sums = loss(parameters, batch, key)
         return sums["loss"], sums
 
-    def gradient(parameters: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
-        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch)
+    def gradient(parameters: Any, batch: Any, key: Words) -> tuple[Any, dict[str, jax.Array]]:
+        (_, sums), gradients = jax.value_and_grad(summed, has_aux=True)(parameters, batch, key)
         return jax.lax.with_sharding_constraint(gradients, shardings["parameters"]), sums
 
-    def step(state: State, batch: Any) -> tuple[State, dict[str, jax.Array]]:
-        parameters = state["parameters"]
+    def step(state: State, batch: Any, given: Given) -> tuple[State, dict[str, jax.Array]]:
+        parameters, key = state["parameters"], given["key"]
         if parts == 1:
-            gradients, sums = gradient(parameters, batch)
+            gradients, sums = gradient(parameters, batch, key)
         else:
             # Strided, so that each device keeps the rows that it has.
             micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
             zeros = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro)),
+                jax.eval_shape(gradient, parameters, jax.tree.map(lambda x: x[0], micro), key),
             )
             (gradients, sums), _ = jax.lax.scan(
-                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part)), None),
+                lambda total, part: (jax.tree.map(jnp.add, total, gradient(parameters, part, key)), None),
                 zeros,
                 micro,
             )
         gradients = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
         updates, moments = optimiser.update(gradients, state["optimiser"], parameters)
         new = {
-            "parameters": optax.apply_updates(parameters, updates),
+            "parameters": optax.apply_updates(parameters, optax.tree.scale(given["rate"], updates)),
             "optimiser": moments,
             "step": state["step"] + 1,
         }

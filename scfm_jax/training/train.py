@@ -24,9 +24,8 @@ from scfm_jax.training.hardware import accelerator_of
 from scfm_jax.training.hosts import is_primary, share_of_batch, stopping
 from scfm_jax.training.mesh import batch_sharding, make_mesh
 from scfm_jax.training.metrics import Meter, MetricsWriter, summary
-from scfm_jax.training.optimiser import learning_rate
 from scfm_jax.training.run import initial_parameters, open_run
-from scfm_jax.training.step import make_program
+from scfm_jax.training.step import Program, make_program
 from scfm_jax.training.task import attention_of, make_task
 
 Report = Callable[[dict[str, Any]], None]
@@ -114,7 +113,6 @@ def train(
             report(found)
         with MetricsWriter(kept, start) as writer:
             ledger = Ledger(kept, writer.cut, began)
-            rates = learning_rate(config.optimiser)
             peak = accelerator.peak_flops * mesh.size if accelerator else None
             meter = Meter(config.model, len(corpus.vocabulary), peak)
             pending: deque[tuple[int, dict[str, jax.Array], tuple[int, int]]] = deque()
@@ -135,7 +133,7 @@ def train(
                         {
                             "step": step,
                             **summary(sums),
-                            "learning_rate": float(rates(step - 1)),
+                            "learning_rate": float(program.given(step - 1)["rate"]),
                             "drawn": {kind: int(n) for kind, n in drawn if n},
                             **meter.read(sums, config.data.batch_size, lengths, seconds),
                             "seconds": seconds,
@@ -150,7 +148,9 @@ def train(
             steps, traced = enumerate(batches, start + 1), profile if is_primary() else None
             for step, (batch, placed) in profiled(steps, traced, folder / "profile", clock.settle):
                 lengths = batch.static_lengths
-                state, sums = clock.launch(program.step, state, placed, compiles=lengths not in compiled)
+                state, sums = clock.launch(
+                    program.step, state, placed, program.given(step - 1), compiles=lengths not in compiled
+                )
                 compiled.add(lengths)
                 pending.append((step, sums, lengths))
                 done = step == config.optimiser.steps
@@ -164,7 +164,7 @@ def train(
                 if evaluates:
                     with clock.spent("evaluation"):
                         cells = on_devices(own_rows(task.evaluation(test_cells), share), mesh)
-                        held_out = evaluate_batches(program.evaluate, state["parameters"], cells)
+                        held_out = evaluate_batches(program, state["parameters"], cells)
                     log({"step": step, **{f"held_out_{name}": value for name, value in held_out.items()}})
                 stopped = stop(step)
                 if saves or stopped:
@@ -209,7 +209,7 @@ def own_rows(batches: Iterable[tuple[Any, Any]], share: tuple[int, int]) -> Iter
 
 
 def evaluate_batches(
-    evaluate: Callable[..., Any], parameters: Any, batches: Iterable[tuple[Any, Any]]
+    program: Program, parameters: Any, batches: Iterable[tuple[Any, Any]]
 ) -> dict[str, float]:
     """Held-out loss and errors over batches; the devices have the next one while one's sums are fetched."""
     total: dict[str, float] = {}
@@ -221,7 +221,7 @@ def evaluate_batches(
                 total[name] = total.get(name, 0.0) + float(value)
 
     for _, placed in batches:
-        waiting.append(evaluate(parameters, placed))
+        waiting.append(program.evaluate(parameters, placed, program.key))
         add(1)
     add(0)
     return summary(total)

@@ -150,7 +150,7 @@ for shape in shapes:
     program = make_program(config, mesh, task)
     state, losses = program.fresh(), []
     for batch in batches:
-        state, sums = program.step(state, to_devices(batch, mesh))
+        state, sums = program.step(state, to_devices(batch, mesh), program.given(len(losses)))
         losses.append(float(sums["loss"]) / float(sums["weight"]))
     print(json.dumps(losses))
 """
