@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
 
 from scfm_jax.corpus.reader import Corpus
+from scfm_jax.corpus.subset import growing_order, nearest_prefix
 from scfm_jax.errors import InputError
 
 CHUNK = 1 << 16
@@ -55,8 +56,12 @@ class SplitConfig:
         Whether a test cell and a training cell may have a neighbour in common, as unlabelled context.
     min_kept
         Smallest share of the cells outside the test set that must be left to train on.
+    train_cells
+        Train on about so many of these only: whole blocks, of every slide about the same share; 0 is all. A
+        smaller subset is part of every larger one.
     seed
-        Decides the folds and the random groups; the split of a slide does not depend on the other slides.
+        Decides the folds, the random groups and the subset; the split of a slide does not depend on the other
+        slides.
     """
 
     held_out: tuple[str, ...] = ()
@@ -68,12 +73,13 @@ class SplitConfig:
     margin: int = 64
     context: Literal["separate", "shared"] = "separate"
     min_kept: float = 0.3
+    train_cells: int = 0
     seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Cells by role; cells that are in neither list are the margin.
+    """Cells by role; cells that are in neither list are the margin, or left unused by ``train_cells``.
 
     Attributes
     ----------
@@ -81,9 +87,9 @@ class Split:
         Of every cell of the corpus: a byte each, where numbers would take eight.
     report
         ``held_out`` (names of slides), ``n_folds`` and ``fold`` (``None`` with held-out slides),
-        ``margin``, ``context``, ``cells`` (numbers of ``train``, ``test`` and ``margin``, and ``kept``, the
-        share ``train / (train + margin)``), and ``classes``: the same four by label and class. JSON can
-        hold it.
+        ``margin``, ``context``, ``cells`` (numbers of ``train``, ``test``, ``margin`` and ``unused``, and
+        ``kept``, the share that the margin leaves: ``(train + unused) / (train + unused + margin)``), and
+        ``classes``: the same five by label and class. JSON can hold it.
     """
 
     is_train: Bool[np.ndarray, " cells"]
@@ -118,8 +124,8 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
     Parameters
     ----------
     corpus
-        An open corpus. Memory is 2 bytes a cell, and some more for those of the slides that are being split;
-        neighbours are read `CHUNK` cells at a time.
+        An open corpus. Memory is 2 bytes a cell (with ``train_cells`` 3), and some more for those of the
+        slides that are being split; neighbours are read `CHUNK` cells at a time.
     config
         The split.
     labels
@@ -129,7 +135,8 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
     ------
     InputError
         A field out of its range, K over what the corpus stored, a pattern that matches no slide, patterns
-        that match all, no test cells, or fewer training cells kept than ``min_kept``.
+        that match all, no test cells, fewer training cells kept than ``min_kept``, or a subset of more than
+        these or of less than half a block.
     """
     _check(corpus, config)
     if config.held_out:  # without a look at any cell
@@ -140,6 +147,18 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
     if not is_test.any():
         raise InputError(corpus.path, f"fold {config.fold} holds no cell", "lower n_folds or raise blocks")
 
+    counts = _counts(int(is_train.sum()), int(is_test.sum()), 0, corpus.n_cells)
+    kept = counts["kept"]
+    if kept < config.min_kept or not counts["train"]:
+        problem = f"margin {config.margin} ({config.context}) keeps {kept:.0%} of the cells to train on"
+        mend = "lower margin or blocks, allow context 'shared', hold out whole slides"
+        raise InputError(corpus.path, problem, f"{mend}, or lower min_kept = {config.min_kept:.0%}")
+    unused: Bool[np.ndarray, " cells"] | slice = slice(0)
+    if config.train_cells:
+        unused = _outside_subset(corpus, config, is_train)
+        is_train ^= unused
+        counts = _counts(int(is_train.sum()), counts["test"], int(unused.sum()), corpus.n_cells)
+
     held_out = {slide.name for slide, rows in zip(corpus.slides, _slides(corpus)) if is_test[rows].any()}
     report: dict[str, Any] = {
         "held_out": sorted(held_out) if config.held_out else [],
@@ -147,14 +166,9 @@ def split_cells(corpus: Corpus, config: SplitConfig, *, labels: Sequence[str] = 
         "fold": None if config.held_out else config.fold,
         "margin": config.margin,
         "context": config.context,
-        "cells": _counts(int(is_train.sum()), int(is_test.sum()), corpus.n_cells),
-        "classes": {name: _count_classes(corpus, name, is_train, is_test) for name in labels},
+        "cells": counts,
+        "classes": {name: _count_classes(corpus, name, is_train, is_test, unused) for name in labels},
     }
-    kept = report["cells"]["kept"]
-    if kept < config.min_kept or not is_train.any():
-        problem = f"margin {config.margin} ({config.context}) keeps {kept:.0%} of the cells to train on"
-        mend = "lower margin or blocks, allow context 'shared', hold out whole slides"
-        raise InputError(corpus.path, problem, f"{mend}, or lower min_kept = {config.min_kept:.0%}")
     return Split(is_train, is_test, report, lambda: _cut_blocks(corpus, config))
 
 
@@ -172,6 +186,7 @@ def _check(corpus: Corpus, config: SplitConfig) -> None:
         ),
         "context": (config.context in ("separate", "shared"), 'give "separate" or "shared"'),
         "min_kept": (0 <= config.min_kept <= 1, "give a share from 0 to 1"),
+        "train_cells": (config.train_cells >= 0, "give a number of cells, or 0 for all"),
     }
     if config.held_out:
         del checks["n_folds"], checks["fold"], checks["margin"]
@@ -211,8 +226,7 @@ def _split_by_blocks(
         name, slides = piece
         dealt = np.arange(config.blocks**2) % config.n_folds
         fold = _random(config, name, "folds").permutation(dealt)
-        for number, block in zip(slides, _cut_piece(corpus, config, slides)):
-            rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+        for number, rows, block in _cut_piece(corpus, config, slides):
             is_test[rows] = (fold == config.fold)[block] & is_cut[number]
             is_train[rows] = ~(is_test[rows] | _margin(corpus, config, rows.start, is_test[rows]))
 
@@ -223,16 +237,66 @@ def _split_by_blocks(
     return is_test, is_train
 
 
+def _outside_subset(
+    corpus: Corpus, config: SplitConfig, is_train: Bool[np.ndarray, " cells"]
+) -> Bool[np.ndarray, " cells"]:
+    """Training cells of the blocks that ``train_cells`` leaves unused."""
+    pieces, n_blocks = _pieces(corpus, config), config.blocks**2
+    unused = np.zeros(corpus.n_cells, bool)
+
+    def count(piece: tuple[str, list[int]]) -> Int64[np.ndarray, " blocks"]:
+        sizes = np.zeros(n_blocks, np.int64)
+        for _, rows, block in _cut_piece(corpus, config, piece[1]):
+            sizes += np.bincount(block[is_train[rows]], minlength=n_blocks)
+        return sizes
+
+    def leave(piece: tuple[str, list[int]], taken: Bool[np.ndarray, " blocks"]) -> None:
+        for _, rows, block in _cut_piece(corpus, config, piece[1]):
+            unused[rows] = is_train[rows] & ~taken[block]
+
+    # Cut twice: blocks of all cells would take more memory than all else.
+    with ThreadPoolExecutor(_SLIDES_AT_ONCE) as pool:
+        sizes = np.concatenate(list(pool.map(count, pieces)))
+        draw = np.concatenate([_random(config, name, "subset").random(n_blocks) for name, _ in pieces])
+        order = growing_order(sizes, np.repeat(np.arange(len(pieces)), n_blocks), draw)
+        _check_train_cells(corpus, config.train_cells, int(sizes.sum()), int(sizes[order[0]]))
+        taken = np.zeros(len(sizes), bool)
+        taken[order[: nearest_prefix(sizes[order], config.train_cells)]] = True
+        for _ in pool.map(leave, pieces, np.split(taken, len(pieces))):
+            pass
+    return unused
+
+
+def _check_train_cells(corpus: Corpus, wanted: int, there: int, first: int) -> None:
+    if wanted > there:
+        problem, mend = f"there are {there} training cells", f"give {there} or fewer, or 0 for all"
+    elif 2 * wanted < first:
+        problem, mend = (
+            f"the first block has {first}",
+            f"give {-(-first // 2)} or more, or raise split.blocks",
+        )
+    else:
+        return
+    raise InputError(corpus.path, f"split.train_cells is {wanted}, {problem}", mend)
+
+
 def _cut_blocks(corpus: Corpus, config: SplitConfig) -> Int32[np.ndarray, " cells"]:
     block = np.empty(corpus.n_cells, np.int32)
     for first, (_, slides) in enumerate(_pieces(corpus, config)):
-        for number, of_slide in zip(slides, _cut_piece(corpus, config, slides)):
-            rows = slice(*corpus.slide_starts[number : number + 2].tolist())
+        for _, rows, of_slide in _cut_piece(corpus, config, slides):
             block[rows] = of_slide + first * config.blocks**2
     return block
 
 
 def _cut_piece(
+    corpus: Corpus, config: SplitConfig, slides: list[int]
+) -> Iterator[tuple[int, slice, Int64[np.ndarray, " of_slide"]]]:
+    """Each slide, its rows and the block of each of its cells."""
+    rows = [slice(*corpus.slide_starts[number : number + 2].tolist()) for number in slides]
+    return zip(slides, rows, _blocks_of(corpus, config, slides), strict=True)
+
+
+def _blocks_of(
     corpus: Corpus, config: SplitConfig, slides: list[int]
 ) -> list[Int64[np.ndarray, " of_slide"]]:
     """Block of each cell of each slide."""
@@ -307,19 +371,20 @@ def _neighbours(
         yield chunk, np.where(near < 0, -1, near - start)
 
 
-def _counts(train: int, test: int, cells: int) -> dict[str, Any]:
-    outside = cells - test
-    kept = train / outside if outside else 0.0
-    return {"train": train, "test": test, "margin": outside - train, "kept": kept}
+def _counts(train: int, test: int, unused: int, cells: int) -> dict[str, Any]:
+    outside, learnable = cells - test, train + unused
+    kept = learnable / outside if outside else 0.0
+    margin = outside - learnable
+    return {"train": train, "test": test, "margin": margin, "unused": unused, "kept": kept}
 
 
 def _count_classes(
-    corpus: Corpus, name: str, is_train: Bool[np.ndarray, " cells"], is_test: Bool[np.ndarray, " cells"]
+    corpus: Corpus, name: str, *roles: Bool[np.ndarray, " cells"] | slice
 ) -> dict[str, dict[str, Any]]:
+    """Counts of the cells to train on, to test on and unused, by class of a label."""
     codes, classes = corpus.labels(name)
     of_code = [
-        np.bincount(codes[among] + 1, minlength=len(classes) + 1).tolist()
-        for among in (is_train, is_test, slice(None))
+        np.bincount(codes[among] + 1, minlength=len(classes) + 1).tolist() for among in (*roles, slice(None))
     ]
     unlabelled, *counts = (_counts(*numbers) for numbers in zip(*of_code, strict=True))
     named = dict(zip(classes, counts, strict=True))

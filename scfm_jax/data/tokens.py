@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, UInt32
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.context import Context
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates, column_mask, mask_bits, seed_words
 from scfm_jax.data.threads import equal_parts, in_parts
@@ -31,23 +32,54 @@ class SampleConfig:
     panel_limit
         With ``panel``: a slide that measured more genes than this (a whole transcriptome) has only the
         centre's expressed genes and the masked ones decoded.
+    skip_nearest
+        A control: the nearest so many neighbours are left out, and the next k are taken.
+    exchanged_within
+        A control: labels of the corpus. A neighbour keeps its place, but its tokens and its total are those
+        of another cell of the slide with the same classes (see `Context`). Such cells lie anywhere in the
+        slide: without a cache that holds it, each costs a read.
     """
 
     neighbours: int = 16
     decoder: Literal["panel", "vocabulary"] = "panel"
     panel_limit: int = 2_048
+    skip_nearest: int = 0
+    exchanged_within: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "neighbours", "panel_limit")
+        check_least(self, 0, "neighbours", "panel_limit", "skip_nearest")
 
     @property
     def stored_neighbours(self) -> int:
         """Neighbours that a corpus must hold."""
-        return self.neighbours
+        return self.neighbours + self.skip_nearest if self.neighbours else 0
 
     def meaning(self) -> dict[str, object]:
-        """What a trained model takes for granted of its samples; none here: values come with the tokens."""
-        return {}
+        """What a trained model takes for granted of its samples: which neighbours it learnt from."""
+        return {"skip_nearest": self.skip_nearest, "exchanged_within": self.exchanged_within}
+
+    def context_of(self, corpus: Corpus) -> Context:
+        """The cells around a centre of `corpus`.
+
+        Raises
+        ------
+        InputError
+            More neighbours than the corpus stores, or a label that it lacks.
+        """
+        stored = corpus.n_neighbours
+        if self.stored_neighbours > stored:
+            skipped = f" after {self.skip_nearest} skipped (skip_nearest)" if self.skip_nearest else ""
+            raise InputError(
+                corpus.path,
+                f"data.sample.neighbours is {self.neighbours}{skipped}, the corpus stores {stored} a cell",
+                f"ask for {stored} or fewer{' in all' if skipped else ''}, or build the corpus with more",
+            )
+        return Context(
+            corpus,
+            self.neighbours,
+            skip_nearest=self.skip_nearest,
+            exchanged_within=self.exchanged_within,
+        )
 
     def reader(self, corpus: Corpus) -> SampleReader:
         """What reads such samples from `corpus`."""
@@ -59,6 +91,17 @@ def _runs(starts: Int64[np.ndarray, " n"], lengths: Int64[np.ndarray, " n"]) -> 
     at = np.arange(lengths.sum())
     at += np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
     return at
+
+
+def _distinct(
+    members: Int64[np.ndarray, "n c"],
+) -> tuple[Int64[np.ndarray, " u"], Int64[np.ndarray, "n c"]]:
+    """The cells among `members`, each once, and the place of each member there; 0 where there is none."""
+    present = members >= 0
+    unique, inverse = np.unique(members[present], return_inverse=True)
+    where = np.zeros(members.shape, np.int64)
+    where[present] = inverse
+    return unique, where
 
 
 @dataclass
@@ -166,20 +209,13 @@ class SampleReader:
     Raises
     ------
     InputError
-        More neighbours than the corpus stores, or a corpus of over 2**32 - 1 cells.
+        More neighbours than the corpus stores, a label that it lacks, or a corpus of over 2**32 - 1 cells.
     """
 
     def __init__(self, corpus: Corpus, config: SampleConfig) -> None:
-        if config.neighbours > corpus.n_neighbours:
-            stored = f"the corpus stores {corpus.n_neighbours} a cell"
-            raise InputError(
-                corpus.path,
-                f"data.sample.neighbours is {config.neighbours}, {stored}",
-                f"ask for {corpus.n_neighbours} or fewer, or build the corpus with more",
-            )
         if corpus.n_cells >= 2**32:
             raise InputError(corpus.path, "has over 4 billion cells, too many for 32-bit numbers", "split it")
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config, self._context = corpus, config, config.context_of(corpus)
         self.n_genes = len(corpus.vocabulary)
         self._median_total = np.array([slide.median_total for slide in corpus.slides], np.float32)
         # Slides that measured the same genes share one list and one look-up table.
@@ -226,13 +262,10 @@ class SampleReader:
         """
         centres = np.asarray(centres, np.int64)
         n, corpus = len(centres), self.corpus
-        members = np.concatenate(
-            [centres[:, None], corpus.neighbours(centres, self.config.neighbours)], axis=1
-        )
-        present = members >= 0
-        unique, inverse = np.unique(members[present], return_inverse=True)
-        where = np.zeros(members.shape, np.int64)
-        where[present] = inverse
+        places, shown = self._context.members(centres)
+        present = shown >= 0
+        unique, where = _distinct(shown)
+        standing = (unique, where) if shown is places else _distinct(places)
         slides = corpus.slide_of(centres)
         cells = self._cell_tokens(unique)
         index = centres.astype(np.uint32)
@@ -293,7 +326,7 @@ class SampleReader:
             ),
             panel=panel,
             totals=totals,
-            offsets=self._offsets(unique, where, present, slides),
+            offsets=self._offsets(*standing, present, slides),
             target_sum=self._median_total[slides],
             index=index,
             draw=np.full(n, draw, np.uint32),

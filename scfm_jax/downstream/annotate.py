@@ -197,7 +197,7 @@ def finetune(
 
 def neighbours_of(model: TrainedModel, asked: int | None) -> int:
     """k as asked for, or the model's own."""
-    return model.config.data.sample.stored_neighbours if asked is None else asked
+    return model.neighbours if asked is None else asked
 
 
 @contextmanager

@@ -295,7 +295,7 @@ def embed_file(
         "step": model.step,
         "vocabulary_hash": model.vocabulary.hash,
         **{name: value for name, value in asdict(config).items() if value is not None},
-        "neighbours": model.config.data.sample.stored_neighbours,
+        "neighbours": model.neighbours,
         "dtype": model.config.model.dtype,
         **_normalisation(model),
         "source": {name: value for name, value in asdict(source).items() if value is not None},

@@ -149,9 +149,10 @@ def centre_attention(
         progress(done, len(cells))
     group_cells = np.bincount(group[group >= 0], minlength=len(groups))
     sums = sums.reshape(layers + 1, len(groups), 2, len(names)) / np.maximum(group_cells, 1)[:, None, None]
-    members = np.concatenate([cells[:, None], corpus.neighbours(cells, k)], axis=1)
+    members, _ = sample.context_of(corpus).members(cells)
     unit = np.array([slide.um_per_unit or 1.0 for slide in corpus.slides])[corpus.slide_of(cells)]
-    distance = np.pad(corpus.distances(cells, k) * unit[:, None], ((0, 0), (1, 0))).astype(np.float32)
+    apart = corpus.distances(cells, sample.stored_neighbours)[:, sample.stored_neighbours - k :]
+    distance = np.pad(apart * unit[:, None], ((0, 0), (1, 0))).astype(np.float32)
     return Attention(
         members, distance, by_cell, tokens, groups, group_cells, names, sums[:layers], sums[layers]
     )

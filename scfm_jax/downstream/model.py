@@ -43,6 +43,12 @@ class TrainedModel(Weights):
         model = self.config.model
         return model.width if isinstance(model, NicheformerConfig) else model.encoder.width
 
+    @property
+    def neighbours(self) -> int:
+        """k, the neighbours that it reads beside a cell."""
+        sample = self.config.data.sample
+        return sample.niche_neighbours if isinstance(sample, RankConfig) else sample.neighbours
+
     def with_neighbours(self, k: int) -> TrainedModel:
         """The same weights with `k` neighbours a cell.
 
@@ -55,7 +61,7 @@ class TrainedModel(Weights):
         if k < 0 or (isinstance(sample, RankConfig) and (k > 0) != (sample.niche_neighbours > 0)):
             raise InputError(
                 self.config.name,
-                f"cannot read {k} neighbours, it was made for {sample.stored_neighbours}",
+                f"cannot read {k} neighbours, it was made for {self.neighbours}",
                 "leave their number out",
             )
         changed = (
