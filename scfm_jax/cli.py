@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from scfm_jax import corpus_verbs, downstream_verbs, scaling_law_verbs, scaling_verbs
+from scfm_jax import corpus_verbs, downstream_verbs, scaling_law_verbs, scaling_verbs, sweep_verbs
 from scfm_jax.compilations import cache_compilations
 from scfm_jax.console import print_build, print_json
 from scfm_jax.errors import DataWarning, InputError
@@ -246,6 +246,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     **corpus_verbs.VERBS,
     "train": train,
     **scaling_verbs.VERBS,
+    **sweep_verbs.VERBS,
     **scaling_law_verbs.VERBS,
     "embed": embed,
     **downstream_verbs.VERBS,
@@ -258,6 +259,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
 _OWN_FLAGS: dict[Callable[..., Any], tuple[str, ...]] = {
     train: ("--resume", "--no-resume"),
     scaling_verbs.plan: scaling_verbs.OWN_FLAGS,
+    sweep_verbs.run: sweep_verbs.OWN_FLAGS,
 }
 
 

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 from jaxtyping import Float, Int, Int32, Int64, UInt32
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.context import Context as CellContext
 from scfm_jax.corpus.reader import Slide
 from scfm_jax.corpus.store import SCALED_TOTAL
 from scfm_jax.data.batch import Array, SentenceBatch
@@ -84,6 +85,10 @@ class RankConfig:
     def meaning(self) -> dict[str, object]:
         """What a trained model takes for granted of its sentences."""
         return {"context": self.context, "extra_assays": self.extra_assays, "means": self.means}
+
+    def context_of(self, corpus: Corpus) -> CellContext:
+        """The cells around a centre of `corpus`, of which a niche is made."""
+        return CellContext(corpus, self.stored_neighbours)
 
     def reader(self, corpus: Corpus) -> RankReader:
         """What reads such sentences from `corpus`."""

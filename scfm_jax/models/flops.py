@@ -57,6 +57,10 @@ class Load:
         one, two = np.asarray(first, np.float64), np.asarray(second, np.float64)
         return cls(len(one), one.sum(), (one**2).sum(), two.sum(), (two**2).sum())
 
+    def scaled(self, times: float) -> Load:
+        """Of so many times as much."""
+        return Load(*(getattr(self, item.name) * times for item in fields(self)))
+
     def __add__(self, other: Load) -> Load:
         return Load(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 

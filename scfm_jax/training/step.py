@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import UInt32
 from scfm_jax.models.functional import Parameters, abstract, initialise
 from scfm_jax.models.sharding import split_by
 from scfm_jax.training.checkpoint import abstract_state
-from scfm_jax.training.config import RunConfig
+from scfm_jax.training.config import OptimiserConfig, RunConfig
 from scfm_jax.training.mesh import (
     activation_split,
     batch_sharding,
@@ -32,6 +33,17 @@ from scfm_jax.training.task import Learning
 State: TypeAlias = dict[str, Any]
 Given: TypeAlias = dict[str, Any]
 Words: TypeAlias = UInt32[ArrayLike, "2"]
+
+# Fields of the optimiser that a step is given as a rate.
+_GIVEN: dict[str, Any] = {
+    "steps": 1,
+    "schedule_steps": 0,
+    "schedule": "warmup_cosine",
+    "initial_rate": 0.0,
+    "peak_rate": 0.0,
+    "final_rate": 0.0,
+    "warmup_steps": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -67,10 +79,42 @@ class Program:
 
 
 def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
-    """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it."""
+    """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it.
+
+    Runs that compute the same, but for seed and schedule, share one program: in a process, what is compiled of
+    the first serves all.
+    """
     check_batch(config, mesh)
+    own = Learning(learning.build, learning.loss, learning.drawn)
+    shared = _functions(own, replace(config.optimiser, **_GIVEN), mesh)
+    # NumPy's, which every host has alike.
+    key, rates = np.asarray(jax.random.key_data(jax.random.key(config.seed))), rates_of(config.optimiser)
+    return Program(
+        shapes=shared.shapes,
+        like=shared.like,
+        fresh=lambda: shared.fresh(key),
+        given=lambda step: {"rate": rates(step), "key": key},
+        step=shared.step,
+        evaluate=shared.evaluate,
+        key=key,
+    )
+
+
+@dataclass(frozen=True)
+class _Functions:
+    """What of a program does not depend on seed and schedule; see `Program`."""
+
+    shapes: Parameters
+    like: State
+    fresh: Callable[[Words], State]
+    step: Any
+    evaluate: Any
+
+
+@functools.lru_cache(maxsize=8)
+def _functions(learning: Learning, config: OptimiserConfig, mesh: Mesh) -> _Functions:
     graph, shapes, names = abstract(learning.build)
-    optimiser = make_optimiser(config.optimiser, names, rate=lambda step: 1.0)
+    optimiser = make_optimiser(config, names, rate=lambda step: 1.0)
     shardings = state_shardings(mesh, optimiser, shapes, names)
     split = activation_split(mesh)
 
@@ -80,18 +124,16 @@ def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
                 nnx.merge(graph, parameters), batch, jax.random.wrap_key_data(jnp.asarray(key))
             )
 
-    # NumPy's, which every host has alike.
-    key, rates = np.asarray(jax.random.key_data(jax.random.key(config.seed))), rates_of(config.optimiser)
     fresh = jax.jit(
         lambda key: fresh_state(learning, optimiser, jax.random.wrap_key_data(key)), out_shardings=shardings
     )
-    return Program(
+    key = jax.ShapeDtypeStruct((2,), np.uint32)
+    return _Functions(
         shapes=shapes,
         like=abstract_state(jax.eval_shape(fresh, key), shardings),
-        fresh=lambda: fresh(key),
-        given=lambda step: {"rate": rates(step), "key": key},
+        fresh=fresh,
         step=jax.jit(
-            make_step(loss, learning.drawn, optimiser, config.optimiser.accumulation, shardings),
+            make_step(loss, learning.drawn, optimiser, config.accumulation, shardings),
             in_shardings=(shardings, batch_sharding(mesh), replicated(mesh)),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
@@ -101,7 +143,6 @@ def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
             in_shardings=(shardings["parameters"], batch_sharding(mesh), replicated(mesh)),
             out_shardings=replicated(mesh),
         ),
-        key=key,
     )
 
 

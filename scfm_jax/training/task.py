@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +23,8 @@ from scfm_jax.errors import InputError
 from scfm_jax.models.attention import Asked, AttentionName, choose
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig, TissueModel
-from scfm_jax.objectives.column_masking import column_masking_loss
-from scfm_jax.objectives.masked_genes import masked_genes_loss
+from scfm_jax.objectives.column_masking import ColumnMaskingConfig, column_masking_loss
+from scfm_jax.objectives.masked_genes import MaskedGenesConfig, masked_genes_loss
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.hosts import greatest_of_hosts
 
@@ -69,11 +70,27 @@ class Task(Learning):
 
 def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Module]:
     """Random streams to the module that `run` trains over a vocabulary of `n_genes`."""
-    if isinstance(run.model, NicheformerConfig):
-        niche_model, _, _ = run.nicheformer()
-        return lambda rngs: Nicheformer(niche_model, n_genes, rngs=rngs)
-    model, _, objective = run.tissue()
-    return lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs)
+    return builder_of(run.model, run.objective, n_genes)
+
+
+def builder_of(
+    model: TissueConfig | NicheformerConfig, objective: ColumnMaskingConfig | MaskedGenesConfig, n_genes: int
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Random streams to the module of a run's model and objective."""
+    if isinstance(model, NicheformerConfig):
+        return lambda rngs: Nicheformer(model, n_genes, rngs=rngs)
+    dispersion = isinstance(objective, ColumnMaskingConfig) and objective.loss == "nb"
+    return lambda rngs: TissueModel(model, n_genes, dispersion=dispersion, rngs=rngs)
+
+
+def loss_of(
+    model: TissueConfig | NicheformerConfig, objective: ColumnMaskingConfig | MaskedGenesConfig, n_genes: int
+) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+    """(module, batch, key) to sums over the batch, of a run's model and objective."""
+    if isinstance(objective, MaskedGenesConfig):
+        return partial(masked_genes_loss, config=objective)
+    coordinates = isinstance(model, TissueConfig) and model.positions == "coordinates"
+    return partial(column_masking_loss, config=objective, n_genes=n_genes, coordinates=coordinates)
 
 
 def attention_of(run: RunConfig, platform: str) -> AttentionName:
@@ -106,17 +123,23 @@ def make_learning(
     slide_ends, kind_of_slide
         The number of cells up to each slide's end, and the kind of each slide, counted from 0.
     """
-    ends, of_slide = slide_ends.astype(np.uint32), kind_of_slide.astype(np.int32)
-    loss: Callable[..., Any]
-    if isinstance(run.model, NicheformerConfig):
-        loss = partial(masked_genes_loss, config=run.nicheformer()[2])
-    else:
-        model, _, objective = run.tissue()
-        coordinates = model.positions == "coordinates"
-        loss = partial(column_masking_loss, config=objective, n_genes=n_genes, coordinates=coordinates)
+    ends, kinds = slide_ends.astype(np.uint32), kind_of_slide.astype(np.int32)
+    return _learning(run.model, run.objective, n_genes, tuple(ends.tolist()), tuple(kinds.tolist()))
+
+
+@functools.lru_cache(maxsize=8)
+def _learning(
+    model: TissueConfig | NicheformerConfig,
+    objective: ColumnMaskingConfig | MaskedGenesConfig,
+    n_genes: int,
+    slide_ends: tuple[int, ...],
+    kind_of_slide: tuple[int, ...],
+) -> Learning:
+    """The same object for the same, as what is compiled of it is then the same too."""
+    ends, of_slide = np.array(slide_ends, np.uint32), np.array(kind_of_slide, np.int32)
     return Learning(
-        build=model_builder(run, n_genes),
-        loss=loss,
+        build=builder_of(model, objective, n_genes),
+        loss=loss_of(model, objective, n_genes),
         drawn=lambda cells: jnp.bincount(
             jnp.asarray(of_slide)[jnp.searchsorted(jnp.asarray(ends), cells, side="right")],
             length=int(of_slide.max()) + 1,

@@ -1,0 +1,165 @@
+"""What the runs of a sweep will take, in which order they are run, and the shapes that they share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.split import Split, SplitConfig, split_cells
+from scfm_jax.corpus.subset import unique_cells
+from scfm_jax.data.loader import Loader, Reader
+from scfm_jax.data.stream import CellBlocks
+from scfm_jax.data.tokens import EVALUATION_STEP
+from scfm_jax.errors import InputError
+from scfm_jax.models.flops import Load, training_flops
+from scfm_jax.scaling.sizes import Size, size_of
+from scfm_jax.scaling.sweep import Sweep, SweepRun
+from scfm_jax.training.config import RunConfig
+from scfm_jax.training.train import select_cells
+
+_SAMPLED = 512  # training cells by which the tokens of a sample are reckoned
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run, and what it will take.
+
+    Attributes
+    ----------
+    run
+        With all that the plan decided: its steps where it had a budget, and static lengths that it shares
+        with the runs of its shape.
+    generation
+        How many runs come before it, one after the other.
+    size
+        Of the model.
+    training_cells, unique_cells
+        Centres that are trained on, and all cells that training reads.
+    cells, tokens, flops
+        Of the whole training, those of the runs before it too; tokens and FLOPs are reckoned from a sample of
+        cells.
+    """
+
+    run: SweepRun
+    generation: int
+    size: Size
+    training_cells: int
+    unique_cells: int
+    cells: int
+    tokens: float
+    flops: float
+
+
+def plan_sweep(
+    sweep: Sweep, corpus: Corpus, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[PlannedRun]:
+    """Plan the runs of a sweep, in the order in which they are run.
+
+    Runs that come after others follow them; else the cheapest is first, by model FLOPs.
+
+    Raises
+    ------
+    InputError
+        As `split_cells`; a budget that is less than a step, or more training cells than there are.
+    """
+    cells = _TrainingCells(corpus)
+    lengths, planned = _shared_lengths(sweep, cells), dict[str, PlannedRun]()
+    while len(planned) < len(sweep.runs):
+        for run in sweep.runs:
+            if run.name not in planned and (not run.after or run.after in planned):
+                before = planned[run.after] if run.after else None
+                planned[run.name] = _planned(run, before, cells, lengths[_shape(run.config)])
+                progress(len(planned), len(sweep.runs))
+    return sorted(planned.values(), key=lambda each: (each.generation, each.flops, each.run.name))
+
+
+class _TrainingCells:
+    """Splits of a corpus and the training cells of runs, each found once."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self._split = functools.lru_cache(maxsize=None)(self._find_split)
+        self._loads: dict[str, Load] = {}
+
+    def _find_split(self, config: SplitConfig) -> Split:
+        return split_cells(self.corpus, config)
+
+    def of(self, config: RunConfig) -> CellBlocks:
+        """The centres that a run trains on."""
+        return select_cells(self.corpus, self._split(config.split), config)[0]
+
+    def load(self, config: RunConfig) -> Load:
+        """Of a training sample of the run, the mean."""
+        key = repr((config.split, config.technologies, config.data.sample, config.objective.rates))
+        if key not in self._loads:
+            cells = self.of(config)
+            random = np.random.default_rng(0)
+            places = random.choice(len(cells), min(_SAMPLED, len(cells)), replace=False)
+            reader: Reader = config.data.sample.reader(self.corpus)
+            read = reader.read(
+                cells.at(np.sort(places)), draw=EVALUATION_STEP, seed=0, rates=config.objective.rates
+            )
+            whole = Load.real(*read.lengths.T)
+            self._loads[key] = whole.scaled(1 / whole.rows)
+        return self._loads[key]
+
+
+def _planned(
+    run: SweepRun, before: PlannedRun | None, cells: _TrainingCells, lengths: tuple[tuple[int, ...], ...]
+) -> PlannedRun:
+    config = replace(run.config, data=replace(run.config.data, lengths=lengths))
+    load, n_genes, batch = cells.load(config), len(cells.corpus.vocabulary), config.data.batch_size
+    of_step = training_flops(config.model, n_genes, load.scaled(batch))
+    if run.flops:
+        config = _spending(run, config, of_step)
+    seen, trained_on = config.optimiser.steps * batch, cells.of(config)
+    return PlannedRun(
+        run=replace(run, config=config),
+        generation=before.generation + 1 if before else 0,
+        size=size_of(config, n_genes),
+        training_cells=len(trained_on),
+        unique_cells=unique_cells(trained_on.numbers(), config.data.sample.context_of(cells.corpus)),
+        cells=seen + (before.cells if before else 0),
+        tokens=seen * load.tokens + (before.tokens if before else 0.0),
+        flops=config.optimiser.steps * of_step + (before.flops if before else 0.0),
+    )
+
+
+def _spending(run: SweepRun, config: RunConfig, of_step: float) -> RunConfig:
+    """The run's config with the steps that its budget allows, and as large a share of them for warm-up."""
+    optimiser, steps = config.optimiser, round(run.flops / of_step)
+    if steps < 1:
+        problem = f"flops is {run.flops:.3g}, a step takes {of_step:.3g}"
+        raise InputError(f"run {run.name}", problem, "raise the budget, or lower the batch")
+    warmup = round(optimiser.warmup_steps * steps / optimiser.steps)
+    return replace(
+        config, optimiser=replace(optimiser, steps=steps, schedule_steps=0, warmup_steps=max(warmup, 1))
+    )
+
+
+def _shape(config: RunConfig) -> str:
+    """What the static lengths of a run's batches depend on, but for which cells it trains on."""
+    data = replace(config.data, lengths=(), weights=())
+    return repr((data, config.objective.rates, config.technologies))
+
+
+def _shared_lengths(sweep: Sweep, cells: _TrainingCells) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Static lengths for each shape of batch: those that suit the run with most training cells."""
+    largest: dict[str, tuple[int, Any]] = {}
+    for run in sweep.runs:
+        config = run.config
+        of = cells.of(config)
+        if len(of) > largest.get(_shape(config), (0, None))[0]:
+            largest[_shape(config)] = len(of), (config, of)
+    lengths = {}
+    for shape, (_, (config, of)) in largest.items():
+        loader = Loader(
+            cells.corpus, of, config.data, seed=config.seed, rates=config.objective.rates, host=(0, 1)
+        )
+        lengths[shape] = tuple(ladder.rungs for ladder in loader.ladders)
+    return lengths

@@ -1,0 +1,174 @@
+"""The verb ``scfm scaling run``, thin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+from scfm_jax.console import TrainingBar, print_json
+from scfm_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from scfm_jax.scaling.sweep_plan import PlannedRun
+
+# Flags of the verb itself; all others override the recipe of every run.
+OWN_FLAGS = (
+    "--index",
+    "--plan",
+    "--no-plan",
+    "--slurm",
+    "--no-slurm",
+    "--distributed",
+    "--json",
+    "--no-json",
+)
+
+
+def run(
+    sweep: Positional[Path],
+    out: Positional[Path | None] = None,
+    /,
+    index: int | None = None,
+    plan: bool = False,
+    slurm: bool = False,
+    distributed: str | None = None,
+    json: bool = False,
+    overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
+) -> int:
+    """Train the runs of a sweep and judge them alike: a results file for scfm scaling fit.
+
+    The cheapest run is first. Runs that are done are left alone, and one that was stopped goes on: the same
+    command again is all that is needed. Any field of the runs' recipe is a flag: --corpus PATH. Exit status 1
+    where Ctrl-C or SIGTERM stopped it.
+
+    Parameters
+    ----------
+    sweep
+        A Python file with a function sweep(); see experiments/sweeps/.
+    out
+        The folder of results; runs/NAME if not given.
+    index
+        Run the one run of this place in the plan alone, from 0, as a job of an array.
+    plan
+        Print what the runs will take, and train nothing.
+    slurm
+        Write scripts that submit the runs to SLURM as job arrays, and train nothing.
+    distributed
+        How several hosts find each other, as of scfm train.
+    json
+        Print the plan, or the rows, as JSON.
+    """
+    from scfm_jax.compilations import cache_compilations
+    from scfm_jax.corpus import Corpus
+    from scfm_jax.scaling.slurm import write_scripts
+    from scfm_jax.scaling.sweep import load_sweep
+    from scfm_jax.scaling.sweep_plan import plan_sweep
+    from scfm_jax.scaling.sweep_run import Stopped, SweepFolder, run_planned
+    from scfm_jax.training.hosts import is_primary, joined
+
+    loaded = load_sweep(sweep, flags=overrides)
+    folder = SweepFolder(out or Path("runs") / loaded.name)
+    cache_compilations(short=True)
+    with joined(distributed):
+        corpus = Corpus.open(loaded.runs[0].config.corpus)
+        planned = plan_sweep(loaded, corpus)
+        if index is not None and not 0 <= index < len(planned):
+            raise InputError("--index", f"{index} is no run's place", f"give 0 to {len(planned) - 1}")
+        speaks = is_primary()
+        if plan or slurm:
+            if speaks:
+                _print_plan(planned, folder, json)
+            if slurm and speaks:
+                words = [sys.executable, "-m", "scfm_jax.cli", "scaling", "run"]
+                paths = [str(sweep.absolute()), str(folder.path.absolute())]
+                script = write_scripts(folder.path, [*words, *paths, *overrides], planned)
+                print(
+                    f"submit with: bash {script} [options of sbatch]", file=sys.stderr if json else sys.stdout
+                )
+            return 0
+        chosen = planned if index is None else planned[index : index + 1]
+        told = _Reports(len(planned), quiet=json or not speaks)
+        try:
+            results = run_planned(loaded, chosen, corpus, folder, report=told)
+        except Stopped as stopped:
+            told.close()
+            print(f"stopped and saved in run {stopped}: the same command goes on", file=sys.stderr)
+            return 1
+        told.close()
+    if speaks and json:
+        print_json([folder.row(each.run.name) for each in chosen])
+    elif speaks:
+        print(f"the results: {results}")
+    return 0
+
+
+class _Reports:
+    """A bar for each run, and a line when it is done."""
+
+    def __init__(self, runs: int, *, quiet: bool) -> None:
+        self._runs, self._quiet, self._done = runs, quiet, 0
+        self._bar: TrainingBar | None = None
+
+    def __call__(self, each: PlannedRun, row: dict[str, Any]) -> None:
+        if "digest" in row:
+            self.close()
+            self._done += 1
+            if not self._quiet:
+                loss = "no loss" if row["loss"] is None else f"loss {row['loss']:.4f}"
+                print(f"{row['name']} ({self._done}/{self._runs}): {_facts(row)}, {loss}", flush=True)
+            return
+        if self._bar is None:
+            self._bar = TrainingBar(each.run.config.optimiser.steps, each.run.name, quiet=self._quiet)
+            self._bar.__enter__()
+        self._bar.report(row)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+
+def _facts(row: dict[str, Any]) -> str:
+    return (
+        f"N {row['parameters_without_embeddings']:,}, D {row['unique_cells']:,}, k {row['k']}, "
+        f"{row['epochs']:.2f} epochs, {row['flops']:.3g} FLOPs"
+    )
+
+
+def _print_plan(planned: Sequence[PlannedRun], folder: Any, json: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "index": place,
+            "name": each.run.name,
+            "done": folder.row(each.run.name) is not None,
+            "after": each.run.after,
+            "parameters": each.size.parameters,
+            "parameters_without_embeddings": each.size.without_embeddings,
+            "unique_cells": each.unique_cells,
+            "k": each.run.neighbours,
+            "seed": each.run.config.seed,
+            "steps": each.run.config.optimiser.steps,
+            "cells": each.cells,
+            "epochs": each.cells / each.training_cells,
+            "tokens": each.tokens,
+            "flops": each.flops,
+        }
+        for place, each in enumerate(planned)
+    ]
+    if json:
+        print_json(rows)
+        return
+    for row in rows:
+        done, after = " (done)" if row["done"] else "", f", after {row['after']}" if row["after"] else ""
+        print(f"{row['index']:>4}  {row['name']}{done}: {_facts(row)}, {row['steps']:,} steps{after}")
+    print(
+        f"{len(rows)} runs, {sum(row['flops'] for row in rows):.3g} FLOPs (runs before others counted twice)"
+    )
+
+
+VERBS: dict[str, Callable[..., Any]] = {"scaling run": run}
