@@ -22,8 +22,8 @@ from scfm_jax.errors import InputError
 from scfm_jax.models.attention import Asked, AttentionName, choose
 from scfm_jax.models.nicheformer import Nicheformer, NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig, TissueModel
-from scfm_jax.objectives.column_masking import column_masking_loss
-from scfm_jax.objectives.masked_genes import masked_genes_loss
+from scfm_jax.objectives.column_masking import ColumnMaskingConfig, column_masking_loss
+from scfm_jax.objectives.masked_genes import MaskedGenesConfig, masked_genes_loss
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.hosts import greatest_of_hosts
 
@@ -76,6 +76,16 @@ def model_builder(run: RunConfig, n_genes: int) -> Callable[[nnx.Rngs], nnx.Modu
     return lambda rngs: TissueModel(model, n_genes, dispersion=objective.loss == "nb", rngs=rngs)
 
 
+def loss_of(
+    model: TissueConfig | NicheformerConfig, objective: ColumnMaskingConfig | MaskedGenesConfig, n_genes: int
+) -> Callable[[Any, Any, jax.Array], dict[str, jax.Array]]:
+    """(module, batch, key) to sums over the batch, of a run's model and objective."""
+    if isinstance(objective, MaskedGenesConfig):
+        return partial(masked_genes_loss, config=objective)
+    coordinates = isinstance(model, TissueConfig) and model.positions == "coordinates"
+    return partial(column_masking_loss, config=objective, n_genes=n_genes, coordinates=coordinates)
+
+
 def attention_of(run: RunConfig, platform: str) -> AttentionName:
     """The implementation that a run's model attends by on a platform.
 
@@ -107,16 +117,9 @@ def make_learning(
         The number of cells up to each slide's end, and the kind of each slide, counted from 0.
     """
     ends, of_slide = slide_ends.astype(np.uint32), kind_of_slide.astype(np.int32)
-    loss: Callable[..., Any]
-    if isinstance(run.model, NicheformerConfig):
-        loss = partial(masked_genes_loss, config=run.nicheformer()[2])
-    else:
-        model, _, objective = run.tissue()
-        coordinates = model.positions == "coordinates"
-        loss = partial(column_masking_loss, config=objective, n_genes=n_genes, coordinates=coordinates)
     return Learning(
         build=model_builder(run, n_genes),
-        loss=loss,
+        loss=loss_of(run.model, run.objective, n_genes),
         drawn=lambda cells: jnp.bincount(
             jnp.asarray(of_slide)[jnp.searchsorted(jnp.asarray(ends), cells, side="right")],
             length=int(of_slide.max()) + 1,
