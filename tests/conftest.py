@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from scfm_jax.corpus import Source, build_corpus
@@ -28,6 +29,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 # Every row of tokens and of decoded genes fits into this one length, so that a run compiles two functions.
 ONE_LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def compile_fast() -> Iterator[None]:
+    """For models so small that compiling takes longer than running."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

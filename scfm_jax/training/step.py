@@ -81,8 +81,8 @@ class Program:
 def make_program(config: RunConfig, mesh: Mesh, learning: Learning) -> Program:
     """Bind a run's model, objective and optimiser to a mesh; no corpus is needed for it.
 
-    Runs that compute the same, but for seed and schedule, share one program: in a process, what is compiled of
-    the first serves all.
+    Runs that compute the same, but for seed and schedule, share one program: in a process, what is compiled
+    of the first serves all.
     """
     check_batch(config, mesh)
     own = Learning(learning.build, learning.loss, learning.drawn)

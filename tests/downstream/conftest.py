@@ -1,25 +1,15 @@
-"""Corpora of cells at places that a test chooses, and fast compiling."""
+"""Corpora of cells at places that a test chooses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import anndata
-import jax
 import numpy as np
 import pandas as pd
 import pytest
 
 from scfm_jax.corpus import Corpus, Source, build_corpus
-
-
-@pytest.fixture(scope="module")
-def compile_fast() -> Iterator[None]:
-    """For models so small that compiling takes longer than running."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
