@@ -106,7 +106,7 @@ def test_every_slide_keeps_about_its_share(simulated, way):
         assert share.max() - share.min() <= block / total[there].min()
 
 
-def test_the_seed_draws_the_subset_and_other_slides_do_not(simulated):
+def test_the_seed_draws_the_subset(simulated):
     held_out = [replace(HELD_OUT, seed=seed, train_cells=150) for seed in (0, 0, 1)]
     first, again, other = (split_cells(simulated, config) for config in held_out)
     assert np.array_equal(first.is_train, again.is_train)
