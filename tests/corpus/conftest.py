@@ -1,4 +1,4 @@
-"""A small tissue made with NumPy and SciPy alone, for the tests of the corpus."""
+"""For the tests of the corpus: a small tissue by NumPy and SciPy alone, and a corpus of simulated slides."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scipy import sparse
 
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.corpus import build as build_module
+from scfm_jax.simulate import SimulationConfig, simulate
 
 
 def make_tissue(n_cells: int = 300, n_genes: int = 40, seed: int = 0) -> ad.AnnData:
@@ -59,3 +60,20 @@ def expected(sources, tmp_path) -> str:
 @pytest.fixture
 def small_jobs(monkeypatch) -> None:
     monkeypatch.setattr(build_module, "_ENTRIES_OF_A_JOB", 1)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """Three spatial slides of one tissue, and the third again without its coordinates."""
+    folder = tmp_path_factory.mktemp("simulated")
+    slides = simulate(SimulationConfig(n_slides=3, cells_per_slide=300))
+    sources = []
+    for number, slide in enumerate(slides):
+        slide.obs["half_known"] = np.where(np.arange(300) < 150, slide.obs["domain"].astype(str), np.nan)
+        slide.write_h5ad(folder / f"slide{number}.h5ad")
+        labels = ("domain", "half_known")
+        sources.append(Source(str(folder / f"slide{number}.h5ad"), "human", "simscope", labels=labels))
+    ad.AnnData(slides[2].X, obs=slides[2].obs, var=slides[2].var).write_h5ad(folder / "loose.h5ad")
+    sources.append(Source(str(folder / "loose.h5ad"), "human", "simseq", spatial=False, labels=("domain",)))
+    build_corpus(folder / "corpus", sources, n_neighbours=12)
+    return Corpus.open(folder / "corpus")

@@ -7,7 +7,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
@@ -16,7 +15,6 @@ from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.corpus import split as split_module
 from scfm_jax.corpus.split import SplitConfig, split_cells
 from scfm_jax.errors import InputError
-from scfm_jax.simulate import SimulationConfig, simulate
 
 DATA = Path(os.environ.get("SCFM_DATA", Path(__file__).parents[3] / "shared" / "data"))
 K = 6
@@ -24,20 +22,8 @@ CONFIG = SplitConfig(blocks=4, n_folds=4, margin=K, min_kept=0.0)
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Corpus:
-    """Three spatial slides of one tissue, and the third again without its coordinates."""
-    folder = tmp_path_factory.mktemp("split")
-    slides = simulate(SimulationConfig(n_slides=3, cells_per_slide=300))
-    sources = []
-    for number, slide in enumerate(slides):
-        slide.obs["half_known"] = np.where(np.arange(300) < 150, slide.obs["domain"].astype(str), np.nan)
-        slide.write_h5ad(folder / f"slide{number}.h5ad")
-        labels = ("domain", "half_known")
-        sources.append(Source(str(folder / f"slide{number}.h5ad"), "human", "simscope", labels=labels))
-    anndata.AnnData(slides[2].X, obs=slides[2].obs, var=slides[2].var).write_h5ad(folder / "loose.h5ad")
-    sources.append(Source(str(folder / "loose.h5ad"), "human", "simseq", spatial=False, labels=("domain",)))
-    build_corpus(folder / "corpus", sources, n_neighbours=12)
-    return Corpus.open(folder / "corpus")
+def corpus(simulated) -> Corpus:
+    return simulated
 
 
 def fields(corpus: Corpus, k: int) -> list[set[int]]:
@@ -154,7 +140,7 @@ def test_report_counts_cells_by_role_and_class(corpus):
     report = json.loads(json.dumps(split.report))
     cells = report["cells"]
     assert (cells["train"], cells["test"]) == (len(split.train), len(split.test))
-    assert cells["train"] + cells["test"] + cells["margin"] == corpus.n_cells
+    assert cells["train"] + cells["test"] + cells["margin"] == corpus.n_cells and cells["unused"] == 0
     assert cells["kept"] == pytest.approx(len(split.train) / (corpus.n_cells - len(split.test)))
     codes, classes = corpus.labels("domain")
     for code, name in enumerate(classes):

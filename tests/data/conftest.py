@@ -56,9 +56,10 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     )
     alone = first[::4].copy()
     few = first[:3].copy()
+    labels = ("cell_type", "domain")
     files: dict[str, tuple[anndata.AnnData, dict[str, Any]]] = {
-        "first": (first, {"um_per_unit": 1.0}),
-        "second": (second, {"um_per_unit": 0.5}),
+        "first": (first, {"um_per_unit": 1.0, "labels": labels}),
+        "second": (second, {"um_per_unit": 0.5, "labels": labels}),
         "alone": (alone, {"spatial": False}),
         "few": (few, {}),
     }

@@ -25,6 +25,7 @@ CONFIG = DataConfig(
     prefetch=2,
 )
 ONE_SHARD = dataclasses.replace(CONFIG, virtual_shards=1)
+CONTROL = SampleConfig(neighbours=3, skip_nearest=2, exchanged_within=("cell_type",))
 FIELDS = list(TissueBatch.__annotations__)
 
 
@@ -124,9 +125,11 @@ def test_blocks_are_those_of_the_corpus(known):
     assert known.corpus.block_of(everything[::7]).tolist() == truth[::7]
 
 
-def test_rows_are_the_samples_of_their_cells_whole(make, known):
+@pytest.mark.parametrize("sample", [CONFIG.sample, CONTROL], ids=["plain", "control"])
+def test_rows_are_the_samples_of_their_cells_whole(make, known, sample):
     """Reading them again would fail on a length that does not hold them."""
-    loader, reader = make(), SampleReader(known.corpus, CONFIG.sample)
+    loader = make(dataclasses.replace(CONFIG, sample=sample))
+    reader = SampleReader(known.corpus, sample)
     for step in range(6):
         batch = loader.batch(step)
         assert batch.genes.shape[1] in loader.ladders[0].rungs
@@ -164,10 +167,11 @@ def test_sorting_a_window_pads_less_than_rows_as_they_come(make):
     assert fill[0] > fill[1]
 
 
-def evaluate(known, cells, k: int, *, batch_size: int = 8) -> dict[int, tuple[TissueBatch, int]]:
-    config = dataclasses.replace(
-        CONFIG, sample=SampleConfig(neighbours=k, panel_limit=20), batch_size=batch_size
-    )
+def evaluate(
+    known, cells, k: int, *, batch_size: int = 8, like: SampleConfig = CONFIG.sample
+) -> dict[int, tuple[TissueBatch, int]]:
+    sample = dataclasses.replace(like, neighbours=k, panel_limit=20)
+    config = dataclasses.replace(CONFIG, sample=sample, batch_size=batch_size)
     batches = list(evaluation_batches(known.corpus, cells, config, seed=5, rates=RATES, draw=2**32 - 1))
     found = {}
     for place, batch in batches:
@@ -184,23 +188,25 @@ def evaluate(known, cells, k: int, *, batch_size: int = 8) -> dict[int, tuple[Ti
 
 def test_evaluation_sees_every_cell_once_under_one_mask_whatever_the_context(known, centres):
     cells = centres[5:218:2]  # no multiple of the batch, nor of the window
-    alone, tissue, bigger = (
+    alone, tissue, bigger, control = (
         evaluate(known, cells, 0),
         evaluate(known, cells, 3),
         evaluate(known, cells, 3, batch_size=16),
+        evaluate(known, cells, 3, like=CONTROL),
     )
     for where in range(len(cells)):
         views = []
-        for batch, row in (alone[where], tissue[where], bigger[where]):
+        for batch, row in (alone[where], tissue[where], bigger[where], control[where]):
             # Over the panel limit only expressed and masked genes are decoded: together they tell the mask.
             listed = batch.decoder_genes[row] >= 0
             own = [token for token in tokens(batch, row) if token[2] == 0]
             views.append(
                 (own, batch.decoder_genes[row][listed].tolist(), batch.decoder_counts[row][listed].tolist())
             )
-        assert views[0] == views[1] == views[2]
+        assert views[0] == views[1] == views[2] == views[3]
         assert tokens(*tissue[where]) == tokens(*bigger[where])
     assert any(len(tokens(*tissue[w])) > len(tokens(*alone[w])) for w in range(len(cells)))
+    assert any(tokens(*tissue[w]) != tokens(*control[w]) for w in range(len(cells)))
 
 
 def test_evaluation_of_an_unordered_list_keeps_its_places(known, centres):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ import pytest
 from jax.extend.random import threefry_2x32
 from sklearn.utils import murmurhash3_32
 
+from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.context import Context
+from scfm_jax.corpus.subset import unique_cells
 from scfm_jax.data.batch import TissueBatch
 from scfm_jax.data.masks import MaskRates
 from scfm_jax.data.tokens import EVALUATION_STEP, Ragged, SampleConfig, SampleReader
@@ -20,6 +24,8 @@ RATES = MaskRates(nonzero=0.4, zero=0.1)
 SEED, DRAW = 3, 17
 # 45 and 40 genes were measured: with the depth tokens the first panel exceeds it, the second just does not.
 LIMIT = 42
+LABELS = ("cell_type", "domain")
+EXCHANGED = SampleConfig(neighbours=3, skip_nearest=1, exchanged_within=LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +71,16 @@ def sample(known, centre: int, masked: np.ndarray, config: SampleConfig) -> dict
         if len(measured) + 2 > config.panel_limit:
             decoded = np.flatnonzero((own > 0) | masked)
     decoder_genes = [*decoded.tolist(), n_genes, n_genes + 1]
-    members = [centre, *known.nearest[centre, : config.neighbours].tolist()]
+    skipped = config.skip_nearest
+    members = [centre, *known.nearest[centre, skipped : skipped + config.neighbours].tolist()]
+    shown = members
+    if config.exchanged_within:
+        context = Context(
+            known.corpus, config.neighbours, skip_nearest=skipped, exchanged_within=config.exchanged_within
+        )
+        (shown,) = context.members(np.array([centre]))[1].tolist()
     tokens = set()
-    for cell, member in enumerate(members):
+    for cell, member in enumerate(shown):
         if member < 0:
             continue
         for gene in [*np.flatnonzero((known.counts[member] > 0) & ~masked).tolist(), n_genes, n_genes + 1]:
@@ -77,7 +90,7 @@ def sample(known, centre: int, masked: np.ndarray, config: SampleConfig) -> dict
     return {
         "tokens": tokens,
         "decoder": list(zip(decoder_genes, [*own[decoded].tolist(), -1, -1])),
-        "totals": [int(known.counts[m].clip(0).sum()) if m >= 0 else 0 for m in members],
+        "totals": [int(known.counts[m].clip(0).sum()) if m >= 0 else 0 for m in shown],
         "offsets": [
             known.places[m] - known.places[centre]
             if m >= 0 and np.isfinite(known.places[m]).all()
@@ -89,13 +102,14 @@ def sample(known, centre: int, masked: np.ndarray, config: SampleConfig) -> dict
 
 @pytest.mark.parametrize("rates", [RATES, None], ids=["masked", "unmasked"])
 @pytest.mark.parametrize("decoder", ["panel", "limit", "vocabulary"])
-@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("k", [0, 3, "after 2", "exchanged"])
 def test_samples_hold_what_the_files_say(known, centres, k, decoder, rates):
-    config = {
-        "panel": SampleConfig(neighbours=k),
-        "limit": SampleConfig(neighbours=k, panel_limit=LIMIT),
-        "vocabulary": SampleConfig(neighbours=k, decoder="vocabulary", panel_limit=LIMIT),
-    }[decoder]
+    around = {"after 2": SampleConfig(neighbours=3, skip_nearest=2), "exchanged": EXCHANGED}
+    config = replace(
+        around[k] if k in around else SampleConfig(neighbours=k),
+        decoder="vocabulary" if decoder == "vocabulary" else "panel",
+        panel_limit=2_048 if decoder == "panel" else LIMIT,
+    )
     batch = read(known, centres, config, rates)
     masked = masks(known, centres, rates)
     assert masked.any() == (rates is not None)
@@ -184,6 +198,49 @@ def test_samples_do_not_depend_on_the_others_that_are_read(known, centres):
         assert np.array_equal(alone.offsets[0], together.offsets[row])
 
 
+def test_an_exchange_changes_neighbours_and_nothing_else(known, centres):
+    """Not the centre, nor its mask, nor where the neighbours stand; their classes as a whole stay."""
+    plain, exchanged = (read(known, centres, replace(EXCHANGED, exchanged_within=w)) for w in ((), LABELS))
+    for name in ("decoder_genes", "decoder_counts", "target_sum", "index", "draw", "weight"):
+        assert np.array_equal(getattr(plain, name), getattr(exchanged, name))
+    assert np.array_equal(plain.offsets, exchanged.offsets) and plain.offsets.any()
+    assert np.array_equal(plain.totals[:, 0], exchanged.totals[:, 0])
+    for row in range(len(centres)):
+        own = [tokens(batch, row, {0}) for batch in (plain, exchanged)]
+        assert own[0] == own[1]
+        others = [tokens(batch, row, {1, 2, 3}) for batch in (plain, exchanged)]
+        assert bool(others[0]) == (known.nearest[centres[row], 1] >= 0)
+        if known.slide[centres[row]] < 2:  # with classes larger than a neighbourhood
+            assert others[0] != others[1]
+
+
+def tokens(batch: TissueBatch, row: int, cells: set[int]) -> list[tuple[int, ...]]:
+    """Tokens of some cells of a sample."""
+    columns = (batch.genes, batch.counts, batch.cells, batch.slots)
+    listed = zip(*(column[row].tolist() for column in columns))
+    return [token for token in listed if token[2] in cells]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SampleConfig(neighbours=0),
+        SampleConfig(neighbours=3),
+        SampleConfig(neighbours=3, skip_nearest=2),
+        EXCHANGED,
+    ],
+    ids=["alone", "plain", "after 2", "exchanged"],
+)
+def test_unique_cells_are_those_whose_expression_is_read(known, centres, monkeypatch, config):
+    corpus, asked = Corpus.open(known.corpus.path), []
+    cells = corpus.cells
+    monkeypatch.setattr(corpus, "cells", lambda index: asked.append(index) or cells(index))
+    SampleReader(corpus, config).read(centres)
+    read_cells = set(np.concatenate(asked).tolist())
+    assert unique_cells(centres, config.context_of(known.corpus)) == len(read_cells)
+    assert (len(read_cells) > len(set(centres.tolist()))) == (config.neighbours > 0)
+
+
 def test_another_step_masks_other_genes(known, centres):
     one, other = (masks(known, centres, RATES, draw) for draw in (DRAW, EVALUATION_STEP))
     assert (one != other).any()
@@ -222,3 +279,31 @@ def test_a_width_that_cuts_a_token_off_is_an_error(known):
 def test_more_neighbours_than_stored_is_an_error(known):
     with pytest.raises(InputError, match=r"data.sample.neighbours is 9, the corpus stores 8 a cell"):
         SampleReader(known.corpus, SampleConfig(neighbours=9))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            SampleConfig(neighbours=6, skip_nearest=3),
+            r"neighbours is 6 after 3 skipped \(skip_nearest\), the corpus stores 8 .*; ask for 8 or fewer",
+        ),
+        (
+            SampleConfig(neighbours=1, exchanged_within=("cell_type", "region")),
+            r"exchanged_within names 'region', no label of the corpus; use one of cell_type, domain",
+        ),
+    ],
+)
+def test_controls_that_the_corpus_cannot_give_are_errors(known, config, message):
+    with pytest.raises(InputError, match=message):
+        SampleReader(known.corpus, config)
+    # Without neighbours they ask nothing of it.
+    alone = read(known, np.arange(9), replace(config, neighbours=0))
+    plain = read(known, np.arange(9), SampleConfig(neighbours=0))
+    for name in ("genes", "counts", "cells", "slots", "totals", "offsets"):
+        assert np.array_equal(getattr(alone, name), getattr(plain, name))
+
+
+def test_a_negative_number_to_skip_is_an_error():
+    with pytest.raises(ValueError, match="skip_nearest is -1, not a number from 0"):
+        SampleConfig(skip_nearest=-1)

@@ -94,6 +94,22 @@ def test_other_numbers_of_neighbours(model, slide, embedded, tmp_path):
         model.with_neighbours(-1)
 
 
+def test_a_model_of_exchanged_neighbours_reads_exchanged_neighbours(model, slide, embedded, tmp_path):
+    sample = dataclasses.replace(model.config.data.sample, skip_nearest=1, exchanged_within=("cell_type",))
+    data = dataclasses.replace(model.config.data, sample=sample)
+    control = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+    source = Source(str(slide), "human", "simseq", um_per_unit=1.0, labels=("cell_type",))
+    embed_file(control, source, tmp_path / "control.h5ad")
+    found = anndata.read_h5ad(tmp_path / "control.h5ad")
+    assert found.uns["X_tissue"]["neighbours"] == 2
+    assert (np.abs(found.obsm["X_tissue"] - embedded).max(1) > 1e-3).mean() > 0.9
+    with pytest.raises(InputError, match="exchanged_within names 'cell_type', no label of the corpus"):
+        embed(control, slide, tmp_path)
+    # Of cells alone, no label is asked.
+    alone = [embed(each.with_neighbours(0), slide, tmp_path).obsm["X_tissue"] for each in (control, model)]
+    np.testing.assert_array_equal(*alone)
+
+
 def test_cells_without_counts_are_nan_and_counted(model, slide, tmp_path):
     data = anndata.read_h5ad(slide)
     counts = data.X.tolil()

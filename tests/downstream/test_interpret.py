@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.downstream.annotate import neighbours_of
 from scfm_jax.downstream.interpret import (
     ITSELF,
     Attention,
@@ -129,6 +130,18 @@ def labels(corpus: Corpus) -> Labels:
 
 
 CELLS = np.random.default_rng(1).permutation(np.arange(160, 320))
+
+
+def test_members_are_those_that_the_samples_hold(model, corpus):
+    sample = dataclasses.replace(model.config.tissue()[1], skip_nearest=2)
+    data = dataclasses.replace(model.config.data, sample=sample)
+    later = dataclasses.replace(model, config=dataclasses.replace(model.config, data=data))
+    found = centre_attention(later, corpus, CELLS[:8])
+    np.testing.assert_array_equal(found.members[:, 1:], corpus.neighbours(CELLS[:8], 4)[:, 2:])
+    places = np.stack([corpus.column("x"), corpus.column("y")], axis=1)[found.members]
+    apart = np.linalg.norm(places - places[:, :1], axis=-1)
+    np.testing.assert_allclose(found.distance, apart, rtol=1e-5)
+    assert neighbours_of(later, None) == 2
 
 
 @pytest.fixture(scope="module")
