@@ -167,17 +167,18 @@ def fit_rates(
     """Fit a rule to a small grid of runs.
 
     For each size and batch a parabola of the loss in log rate goes through the five rates nearest to the best
-    one, or as many as there are, at least three. The logs of the rates at the vertices are then a line in log
-    size, and in log batch where several batches were run, by least squares. Rates at which a run diverged
-    (its loss is no number) are left out and counted: the mean of those that survived would flatter them.
+    one and those on either side of it, or as many as there are, at least three. The logs of the rates at the
+    vertices are then a line in log size, and in log batch where several batches were run, by least squares.
+    Rates at which a run diverged (its loss is no number) are left out and counted: the mean of those that
+    survived would flatter them.
 
     Parameters
     ----------
     parameters, batch, peak_rate, loss
         Of each run; runs alike but for the seed are averaged.
     base
-        What the grid does not tell: its `size` and `batch` are where the fitted rate holds, and its exponents
-        stay where the grid has one size (0 then) or one batch only.
+        What the grid does not tell: its `size` and `batch` are where the fitted rate holds, and its
+        `batch_exponent` stays where the grid tells none. With one size `size_exponent` is 0.
     where
         What an error names: the file of the grid.
 
@@ -280,7 +281,7 @@ def _vertex(
         past = " that did not diverge" if best and log_rate.max() > levels[-1] else ""
         return refused(f"the least loss is at the {end} rate{past}, {math.exp(levels[best]):.3g}")
     nearest = np.argsort(np.abs(levels - levels[best]), kind="stable")[:_POINTS]
-    # Those nearest may all lie on one side of the best, where the grid is uneven.
+    # On an uneven grid they may all lie on one side.
     nearest = np.union1d(nearest, [best - 1, best, best + 1])
     near = np.isin(code, nearest)
     centred = x[near] - levels[best]

@@ -216,6 +216,14 @@ def test_what_has_no_minimum_is_refused_and_the_others_are_used(
     assert any(f"left out: {left_out} runs" in note for note in fitted.notes) == (left_out > 0)
 
 
+def test_an_uneven_grid_is_looked_at_on_both_sides_of_its_best_rate() -> None:
+    """The five rates nearest to the best one are all above it."""
+    steps = np.exp([-3.0, 0.02, 0.1, 0.2, 0.3, 0.4])
+    runs = grid((TRUE.size,), steps=steps * TRUE.rate / 2.0 ** np.round(np.log2(TRUE.rate)))
+    (vertex,) = fit_rates(**runs, base=BASE).vertices
+    assert vertex.rates == 6 and vertex.rate == pytest.approx(TRUE.rate)
+
+
 def test_a_rate_at_which_one_seed_diverged_is_left_out_whole() -> None:
     runs = grid(seeds=2)
     highest = runs["peak_rate"] == runs["peak_rate"][runs["parameters"] == SIZES[0]].max()
