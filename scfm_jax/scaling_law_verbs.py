@@ -1,4 +1,4 @@
-"""The verbs ``scfm scaling fit``, ``scfm scaling plot`` and ``scfm scaling recommend``, each thin."""
+"""The verbs ``scfm scaling fit``, ``plot``, ``predict`` and ``recommend``, each thin."""
 
 from __future__ import annotations
 
@@ -170,6 +170,42 @@ def recommend(
         print("\n".join(_recommendation_lines(answer)))
 
 
+def predict(
+    law: Positional[Path],
+    /,
+    size: float,
+    data: float,
+    k: int = 0,
+    extrapolate: bool = False,
+    json: bool = False,
+) -> None:
+    """Say what loss a run will have before it is run, with the interval that a single run lies in.
+
+    Parameters
+    ----------
+    law
+        A file that scfm scaling fit wrote.
+    size
+        N, counted as the law counts it; scfm scaling run --plan says it of the runs of a sweep.
+    data
+        D, likewise.
+    k
+        Neighbours, one of those that were measured.
+    extrapolate
+        Answer far from what was measured.
+    json
+        Print the answer as JSON.
+    """
+    from scfm_jax.scaling.law_file import read_law
+    from scfm_jax.scaling.recommend import predict_run
+
+    loss, interval = predict_run(read_law(law), size, data, k, extrapolate=extrapolate)
+    if json:
+        print_json({"size": size, "data": data, "k": k, "loss": loss, "interval": interval})
+    else:
+        print(f"N {size:.3g}, D {data:.3g}, k {k}: loss {loss:.4g} {_interval(interval)}")
+
+
 def _law_lines(law: Law) -> list[str]:
     """The law for a reader."""
     runs = f"{len(law.runs)} runs of {law.runs.family}"
@@ -313,5 +349,6 @@ def _interval(ends: tuple[float, float]) -> str:
 VERBS: dict[str, Callable[..., Any]] = {
     "scaling fit": fit,
     "scaling plot": plot,
+    "scaling predict": predict,
     "scaling recommend": recommend,
 }

@@ -115,6 +115,13 @@ class DataConfig:
                 "data.lengths", f"{self.lengths} are not two ascending lists", "give two, or none to fit them"
             )
 
+    def ladders(self, longest: tuple[int, int]) -> list[Ladder]:
+        """Those of `lengths`, which hold what a reader may come with at the longest."""
+        return [
+            Ladder(rungs).reaching(most, self.length_multiple)
+            for rungs, most in zip(self.lengths, longest, strict=True)
+        ]
+
 
 class Read(Protocol):
     """Samples that a reader has read, before they are padded: `Samples`, `Sentences`."""
@@ -230,10 +237,7 @@ class Loader:
         self._windows: OrderedDict[int, _Window] = OrderedDict()
         self._lock = threading.Lock()
         if config.lengths:
-            self.ladders = [
-                Ladder(rungs).reaching(longest, config.length_multiple)
-                for rungs, longest in zip(config.lengths, self._reader.longest, strict=True)
-            ]
+            self.ladders = config.ladders(self._reader.longest)
             return
         # Not with the run's seed: runs that differ in the seed alone share their shapes, and so their
         # compilations.
@@ -345,15 +349,17 @@ def evaluation_batches(
     """
     reader: Reader = config.sample.reader(corpus)
     window = config.window * config.batch_size
-    multiple = config.length_multiple
+    multiple, ladders = config.length_multiple, config.ladders(reader.longest) if config.lengths else None
     for start in range(0, len(centres), window):
         samples = reader.read(centres[start : start + window], draw=draw, seed=seed, rates=rates)
         order = order_by_length(samples)
         for first in range(0, len(order), config.batch_size):
             rows = order[first : first + config.batch_size]
+            longest = samples.lengths[rows].max(0).tolist()
             first_length, second = (
-                min(_coarse(int(length), multiple), most)
-                for length, most in zip(samples.lengths[rows].max(0), reader.longest, strict=True)
+                (ladder.rung(length) for ladder, length in zip(ladders, longest, strict=True))
+                if ladders
+                else (min(_coarse(length, multiple), most) for length, most in zip(longest, reader.longest))
             )
             yield start + rows, samples.collate(rows, first_length, second, config.batch_size)
 

@@ -26,12 +26,12 @@ from scfm_jax.scaling.forms import FORMS, Design, Form, levels, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
 from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, parameters_of, rank, tails
-from scfm_jax.scaling.isoflop import Parabola, Trend, budgets_of, envelope, parabolas
+from scfm_jax.scaling.isoflop import Parabola, Trend, envelope, parabolas
 from scfm_jax.scaling.least_squares import fit
+from scfm_jax.scaling.prediction import Prediction, predict_largest
 from scfm_jax.scaling.repeats import Repeats, fit_repeats
 from scfm_jax.scaling.runs import DataField, Runs, SizeField
 
-_NOISES = 25
 _REPEATED = 1.001  # epochs, from which on data is seen again
 
 
@@ -73,16 +73,6 @@ class Effect:
 
     k: int
     difference: float
-    interval: Interval
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A run that was left out, and what the others say of it; the interval holds a single run's noise."""
-
-    run: str
-    measured: float
-    predicted: float
     interval: Interval
 
 
@@ -216,7 +206,9 @@ def fit_law(
     compared = _compare(design, loss, power_law, config.seed)
     say("runs left out")
     driving = influence(form, design, loss, runs.name, best, draws, known)
-    predictions, predictions_why = _predict_largest(form, design, runs, config)
+    predictions, predictions_why = predict_largest(
+        form, design, runs, budgets=config.held_out, draws=config.draws, seed=config.seed
+    )
     say("budgets")
     cost = cost_of(design, runs.cells, runs.flops)
     found, trends = parabolas(design, loss, runs.flops, draws=config.draws, seed=config.seed)
@@ -328,39 +320,6 @@ def _effects(form: Form, best: np.ndarray, draws: np.ndarray, ends: tuple[float,
         assert level is not None
         found.append(Effect(level, float(best[0, place] - best[0, places[0]]), (float(low), float(high))))
     return found
-
-
-def _predict_largest(
-    form: Form, design: Design, runs: Runs, config: LawConfig
-) -> tuple[list[Prediction], str]:
-    """Runs of the largest budgets, from a fit of the others."""
-    if not config.held_out:
-        return [], "none were asked for"
-    budget = budgets_of(runs.flops)
-    left_out = budget > budget.max() - config.held_out
-    rest = design.take(~left_out)
-    have = len(np.unique(design.configurations[~left_out]))
-    same = rest.levels == design.levels and all(
-        (levels(a) > 1) == (levels(b) > 1) for a, b in ((rest.size, design.size), (rest.data, design.data))
-    )
-    if not same or have < needed(form, rest):
-        return [], "without the largest, too few runs are left for the form"
-    loss = runs.loss[~left_out]
-    best = fit(form, rest, loss)
-    draws = bootstrap(form, rest, loss, config.draws, config.seed)
-    directions = rank(form, rest, best)
-    spread = float(np.sqrt(best.sse[0] / max(len(loss) - directions, 1)))
-    asked = design.take(left_out)
-    # A draw with several noises, or the tails would be those of few numbers.
-    values = np.repeat(predict(form, asked, draws.parameters), _NOISES, axis=0)
-    values = values + np.random.default_rng(config.seed).normal(0, spread, values.shape)
-    ends = np.quantile(values, tails(len(loss), directions), axis=0)
-    return [
-        Prediction(runs.name[i], float(runs.loss[i]), float(value), (float(low), float(high)))
-        for i, value, low, high in zip(
-            np.flatnonzero(left_out), predict(form, asked, best.parameters)[0], *ends, strict=True
-        )
-    ], ""
 
 
 def _refusals(parameters: list[Parameter], cost: Cost) -> list[str]:

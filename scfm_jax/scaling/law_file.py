@@ -14,7 +14,8 @@ from scfm_jax.scaling.comparison import Compared, Influence, Noise, forms_for
 from scfm_jax.scaling.frontier import Cost
 from scfm_jax.scaling.intervals import Parameter
 from scfm_jax.scaling.isoflop import Parabola, Trend, best_neighbours
-from scfm_jax.scaling.law import Effect, Law, LawConfig, Prediction, design_of
+from scfm_jax.scaling.law import Effect, Law, LawConfig, design_of
+from scfm_jax.scaling.prediction import Prediction
 from scfm_jax.scaling.recommend import frontier_of
 from scfm_jax.scaling.repeats import Repeats
 from scfm_jax.scaling.runs import runs_of

@@ -14,9 +14,11 @@ from jaxtyping import Float64
 
 from scfm_jax.errors import InputError
 from scfm_jax.models.nicheformer import NicheformerConfig
+from scfm_jax.scaling.forms import Design
 from scfm_jax.scaling.frontier import optimum
 from scfm_jax.scaling.intervals import Interval
 from scfm_jax.scaling.law import Law
+from scfm_jax.scaling.prediction import single_runs
 from scfm_jax.scaling.sizes import Size, size_of
 from scfm_jax.training.hardware import ACCELERATORS
 
@@ -200,6 +202,39 @@ def recommend(
         isoflop=_by_parabolas(law, flops, best.k),
         start=_nearest(law, best.size),
     )
+
+
+def predict_run(
+    law: Law, size: float, data: float, k: int, *, extrapolate: bool = False
+) -> tuple[float, Interval]:
+    """Loss of a single run that is still to be run, and its 95% interval, the noise between runs included.
+
+    Parameters
+    ----------
+    size, data, k
+        N, D and neighbours, counted as the law counts them.
+    extrapolate
+        Answer past ten times the N or D that was measured, or below a tenth of the least.
+
+    Raises
+    ------
+    InputError
+        A k that was not measured, or a number that is out of range.
+    """
+    if k not in law.design.levels:
+        raise InputError(
+            "--k", f"{k} was not measured", f"give one of {', '.join(map(str, law.design.levels))}"
+        )
+    for flag, value, measured in (("--size", size, law.design.size), ("--data", data, law.design.data)):
+        least, most = float(measured.min()), float(measured.max())
+        if not 0 < value < float("inf"):
+            raise InputError(flag, f"{value} is out of range", "give a number above 0")
+        if not least / FARTHEST <= value <= most * FARTHEST and not extrapolate:
+            problem = f"{value:.3g} is far from what was measured, {least:.3g} to {most:.3g}"
+            raise InputError(flag, problem, "add --extrapolate to have an answer all the same")
+    asked = Design(np.array([size], float), np.array([data], float), np.array([k]))
+    (said,) = single_runs(law.form, asked, law.estimate, law.draws, law.deviation, law.tails, law.config.seed)
+    return said
 
 
 def _by_parabolas(law: Law, flops: float, k: int) -> tuple[float, float] | None:

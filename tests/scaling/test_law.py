@@ -21,7 +21,7 @@ from scfm_jax.scaling.forms import Design, make_form, predict
 from scfm_jax.scaling.law import Law, LawConfig, fit_law
 from scfm_jax.scaling.law_file import read_law, record_of, write_law
 from scfm_jax.scaling.least_squares import fit
-from scfm_jax.scaling.recommend import recommend
+from scfm_jax.scaling.recommend import predict_run, recommend
 from scfm_jax.scaling.repeats import effective
 from scfm_jax.scaling.runs import Runs, runs_of
 
@@ -310,3 +310,31 @@ def test_a_damaged_law(law: Law, tmp_path: Path, damage: Callable[[str], str], s
     path.write_text(damage(path.read_text()))
     with pytest.raises(InputError, match=said):
         read_law(path)
+
+
+def test_a_run_is_predicted_before_it_is_run(make_rows: Rows) -> None:
+    rows = make_rows(grid(), noise=0.01, seeds=2)
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    largest = max(rows, key=lambda row: row["flops"])
+    rest = fit_law(runs_of([row for row in rows if row["flops"] < largest["flops"]], "runs"), FEW)
+    size, data = largest["parameters_without_embeddings"], largest["unique_cells"]
+    # As the fit itself predicts the largest runs that it leaves out.
+    (one, *_) = law.predictions
+    loss, interval = predict_run(rest, size, data, 0)
+    assert loss == pytest.approx(one.predicted, rel=1e-9)
+    assert interval == pytest.approx(one.interval, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "data", "k", "told"),
+    [
+        (1e7, 1e9, 3, "--k: 3 was not measured; give one of 0"),
+        (1e13, 1e9, 0, r"--size: 1e\+13 is far from what was measured, .*; add --extrapolate"),
+        (1e7, 1.0, 0, "--data: 1 is far from what was measured"),
+        (-1.0, 1e9, 0, "--size: -1.0 is out of range"),
+    ],
+)
+def test_a_run_far_out_is_not_predicted(make_rows: Rows, size: float, data: float, k: int, told: str) -> None:
+    law = fit_law(runs_of(make_rows(grid(), noise=0.01), "runs"), FEW)
+    with pytest.raises(InputError, match=told):
+        predict_run(law, size, data, k)
