@@ -1,0 +1,89 @@
+"""What size, cells and neighbours are worth on four spatial files: the study of docs/scaling.md.
+
+Stage 1 learns from cells alone: five sizes by three amounts of data, four epochs each. Stage 2 goes on from
+three seeds of two sizes at 16,000 cells, half an epoch with k neighbours, k = 0 too: the same centres under the
+same masks. Two controls at k = 16: neighbours exchanged for others of their slide and cell type, and the nearest
+ring of six left out, into which transcripts spill over the border of a cell.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from experiments.sweeps.tissue_base import BATCH, run_config
+from scfm_jax.scaling.sweep import Sweep, SweepRun
+from scfm_jax.scaling.transfer import TransferRule
+from scfm_jax.training.config import RunConfig
+
+# N without embeddings of each width.
+SIZES = {8: 2_921, 16: 10_961, 32: 40_049, 64: 157_409, 96: 345_121}
+CELLS, EPOCHS = (4_000, 16_000, 64_000), 4.0
+SECOND_WIDTHS, SECOND_CELLS, SECOND_EPOCHS, SEEDS = (16, 32), 16_000, 0.5, (0, 1, 2)
+NEIGHBOURS, MOST_NEIGHBOURS = (0, 4, 16), 64
+CONTROLS: dict[str, dict[str, Any]] = {
+    "exchanged": {"exchanged_within": ("cell_type", "cluster")},
+    "ring": {"skip_nearest": 6},
+}
+
+# Of tools/fit_rates.py on the sweep tissue_rates.
+RULE = TransferRule(rate=4e-3, size=40_049, batch=BATCH, size_exponent=0.0)
+
+
+def sweep() -> Sweep:
+    return Sweep("tissue_study", (*cells_alone(), *with_neighbours()))
+
+
+def cells_alone() -> list[SweepRun]:
+    runs = [SweepRun(f"w{width}-d{cells}-s0", first(width, cells, 0)) for width in SIZES for cells in CELLS]
+    return runs + [
+        SweepRun(f"w{width}-d{SECOND_CELLS}-s{seed}", first(width, SECOND_CELLS, seed))
+        for width in SECOND_WIDTHS
+        for seed in SEEDS[1:]
+    ]
+
+
+def with_neighbours() -> list[SweepRun]:
+    runs = []
+    for width in SECOND_WIDTHS:
+        for seed in SEEDS:
+            begun = f"w{width}-d{SECOND_CELLS}-s{seed}"
+            for k in NEIGHBOURS:
+                runs.append(SweepRun(f"{begun}-k{k}", second(width, k, seed), after=begun))
+            for name, control in CONTROLS.items():
+                config = second(width, 16, seed)
+                sample = replace(config.data.sample, **control)
+                runs.append(
+                    SweepRun(
+                        f"{begun}-k16-{name}",
+                        replace(config, data=replace(config.data, sample=sample)),
+                        after=begun,
+                    )
+                )
+    narrow = SECOND_WIDTHS[0]
+    begun = f"w{narrow}-d{SECOND_CELLS}-s0"
+    return [*runs, SweepRun(f"{begun}-k{MOST_NEIGHBOURS}", second(narrow, MOST_NEIGHBOURS, 0), after=begun)]
+
+
+def first(width: int, cells: int, seed: int) -> RunConfig:
+    """Cells alone."""
+    return with_rates(run_config(width, cells, epochs=EPOCHS, seed=seed), width)
+
+
+def second(width: int, k: int, seed: int) -> RunConfig:
+    """Going on with neighbours, from a quarter of the rate."""
+    config = with_rates(run_config(width, SECOND_CELLS, epochs=SECOND_EPOCHS, k=k, seed=seed), width)
+    optimiser = config.optimiser
+    return replace(
+        config,
+        optimiser=replace(
+            optimiser,
+            initial_rate=optimiser.initial_rate / 4,
+            peak_rate=optimiser.peak_rate / 4,
+            final_rate=optimiser.final_rate / 4,
+        ),
+    )
+
+
+def with_rates(config: RunConfig, width: int) -> RunConfig:
+    optimiser, steps = config.optimiser, config.optimiser.steps
+    chosen = RULE.optimiser(optimiser, parameters=SIZES[width], batch=BATCH, steps=steps)
+    return replace(config, optimiser=chosen)
