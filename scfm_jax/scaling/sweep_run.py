@@ -27,10 +27,11 @@ from scfm_jax.scaling.sweep_plan import PlannedRun
 from scfm_jax.training.config import MeshConfig, RunConfig
 from scfm_jax.training.hosts import is_primary, meet
 from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.run import read_run
 from scfm_jax.training.train import select_cells, train
 
 RESULTS, ROWS, RUNS, ERRORS, JUDGED = "results.jsonl", "rows", "runs", "errors", "judged.json"
-_BEGUN = "sweep.json"  # in a run directory: the digest of what its weights depend on
+_BEGUN = "digest.txt"  # in a run directory: of what its weights depend on
 _OVERHEAD = ("compile", "start")
 
 
@@ -286,6 +287,8 @@ def _train(
     if started and marked.exists() and marked.read_text().strip() != digest:
         problem = "was begun with another config, corpus or run before it"
         raise InputError(place, problem, f"remove {RUNS}/{name}, and it is trained anew, or rename it")
+    if started and each.run.after:  # the folder may be named otherwise now, or have been moved
+        config = replace(config, initial_weights=read_run(place)[0].initial_weights)
     earlier = _seconds_so_far(place)
     meet(f"begin of {name}")  # before one host makes what all have looked for
 
@@ -353,8 +356,7 @@ def _judged(errors: HeldOutErrors, corpus: Corpus, block: Int64[np.ndarray, " n"
 def trained_config(each: PlannedRun, folder: SweepFolder) -> RunConfig:
     """What a run is trained with: it is judged once, at its end, so nothing is chosen on the way."""
     config = each.run.config
-    # The same whichever folder the command is given in.
-    initial = str(folder.run(each.run.after).absolute()) if each.run.after else config.initial_weights
+    initial = str(folder.run(each.run.after)) if each.run.after else config.initial_weights
     return replace(
         config, initial_weights=initial, evaluate_every=config.optimiser.steps, keep_last=1, keep_best=0
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -299,6 +300,17 @@ def test_a_run_that_was_stopped_goes_on(
         InputError, match=r"metrics.jsonl: has rows of 0 steps, and 4 were trained; remove runs"
     ):
         run_planned(sweep, large, corpus, folder)
+
+
+def test_a_folder_that_is_named_otherwise_goes_on(
+    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path
+) -> None:
+    out, planned = done
+    corpus, moved = Corpus.open(sweep.runs[0].config.corpus), SweepFolder(tmp_path / "moved")
+    shutil.copytree(out, moved.path)
+    (moved.path / "rows" / "k2.json").unlink()
+    run_planned(sweep, planned, corpus, moved)
+    assert rows_of(moved.path)["k2"]["loss"] == rows_of(out)["k2"]["loss"]
 
 
 def test_a_run_that_diverges_has_no_loss(config: RunConfig, tmp_path: Path) -> None:
