@@ -40,11 +40,10 @@ def run(
     json: bool = False,
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> int:
-    """Train the runs of a sweep and judge them alike: a results file for scfm scaling fit.
+    """Train and judge the runs of a sweep, for scaling fit. Any field of a recipe is a flag: --corpus PATH.
 
     The cheapest run is first. Runs that are done are left alone, and one that was stopped goes on: the same
-    command again is all that is needed. Any field of the runs' recipe is a flag: --corpus PATH. Exit status 1
-    where Ctrl-C or SIGTERM stopped it.
+    command again is all that is needed. Exit status 1 where Ctrl-C or SIGTERM stopped it.
 
     Parameters
     ----------
