@@ -40,11 +40,10 @@ def run(
     json: bool = False,
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> int:
-    """Train the runs of a sweep and judge them alike: a results file for scfm scaling fit.
+    """Train and judge the runs of a sweep, for scaling fit. Any field of a recipe is a flag: --corpus PATH.
 
     The cheapest run is first. Runs that are done are left alone, and one that was stopped goes on: the same
-    command again is all that is needed. Any field of the runs' recipe is a flag: --corpus PATH. Exit status 1
-    where Ctrl-C or SIGTERM stopped it.
+    command again is all that is needed. Exit status 1 where Ctrl-C or SIGTERM stopped it.
 
     Parameters
     ----------
@@ -68,7 +67,7 @@ def run(
     from scfm_jax.scaling.slurm import write_scripts
     from scfm_jax.scaling.sweep import load_sweep
     from scfm_jax.scaling.sweep_plan import plan_sweep
-    from scfm_jax.scaling.sweep_run import Stopped, SweepFolder, run_planned
+    from scfm_jax.scaling.sweep_run import Stopped, SweepFolder, done_row, run_planned
     from scfm_jax.training.hosts import is_primary, joined
 
     loaded = load_sweep(sweep, flags=overrides)
@@ -82,8 +81,10 @@ def run(
         speaks = is_primary()
         if plan or slurm:
             if speaks:
-                _print_plan(planned, folder, json)
+                done = [done_row(loaded, each, corpus, folder) is not None for each in planned]
+                _print_plan(planned, done, json)
             if slurm and speaks:
+                folder.make("logs")
                 words = [sys.executable, "-m", "scfm_jax.cli", "scaling", "run"]
                 paths = [str(sweep.absolute()), str(folder.path.absolute())]
                 script = write_scripts(folder.path, [*words, *paths, *overrides], planned)
@@ -92,14 +93,15 @@ def run(
                 )
             return 0
         chosen = planned if index is None else planned[index : index + 1]
-        told = _Reports(len(planned), quiet=json or not speaks)
+        told = _Reports(len(chosen), quiet=json or not speaks)
         try:
             results = run_planned(loaded, chosen, corpus, folder, report=told)
         except Stopped as stopped:
-            told.close()
-            print(f"stopped and saved in run {stopped}: the same command goes on", file=sys.stderr)
+            if speaks:
+                print(f"stopped and saved in run {stopped}: the same command goes on", file=sys.stderr)
             return 1
-        told.close()
+        finally:
+            told.close()
     if speaks and json:
         print_json([folder.row(each.run.name) for each in chosen])
     elif speaks:
@@ -140,12 +142,12 @@ def _facts(row: dict[str, Any]) -> str:
     )
 
 
-def _print_plan(planned: Sequence[PlannedRun], folder: Any, json: bool) -> None:
+def _print_plan(planned: Sequence[PlannedRun], done: Sequence[bool], json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
             "index": place,
             "name": each.run.name,
-            "done": folder.row(each.run.name) is not None,
+            "done": is_done,
             "after": each.run.after,
             "parameters": each.size.parameters,
             "parameters_without_embeddings": each.size.without_embeddings,
@@ -154,21 +156,21 @@ def _print_plan(planned: Sequence[PlannedRun], folder: Any, json: bool) -> None:
             "seed": each.run.config.seed,
             "steps": each.run.config.optimiser.steps,
             "cells": each.cells,
-            "epochs": each.cells / each.training_cells,
+            "epochs": each.epochs,
             "tokens": each.tokens,
             "flops": each.flops,
         }
-        for place, each in enumerate(planned)
+        for place, (each, is_done) in enumerate(zip(planned, done, strict=True))
     ]
     if json:
         print_json(rows)
         return
     for row in rows:
-        done, after = " (done)" if row["done"] else "", f", after {row['after']}" if row["after"] else ""
-        print(f"{row['index']:>4}  {row['name']}{done}: {_facts(row)}, {row['steps']:,} steps{after}")
-    print(
-        f"{len(rows)} runs, {sum(row['flops'] for row in rows):.3g} FLOPs (runs before others counted twice)"
-    )
+        mark, after = " (done)" if row["done"] else "", f", after {row['after']}" if row["after"] else ""
+        print(f"{row['index']:>4}  {row['name']}{mark}: {_facts(row)}, {row['steps']:,} steps{after}")
+    of = {each.run.name: each.flops for each in planned}
+    own = (each.flops - of.get(each.run.after, 0.0) for each in planned)
+    print(f"{len(rows)} runs, {sum(own):.3g} FLOPs in all")
 
 
 VERBS: dict[str, Callable[..., Any]] = {"scaling run": run}

@@ -30,11 +30,18 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-    columns = [
-        np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
-        for name in ("parameters_without_embeddings", "batch_size", "peak_rate", "loss")
-    ]
+    try:
+        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
+        columns = [
+            np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
+            for name in ("parameters_without_embeddings", "batch_size", "peak_rate", "loss")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        mend = "give the results.jsonl that scfm scaling run wrote"
+        raise InputError(arguments.results, f"holds no runs of a sweep ({error!r})", mend) from error
+    for flag, value in (("--size", arguments.size), ("--batch", arguments.batch)):
+        if not 0 < value < np.inf:
+            raise InputError(flag, f"{value} is out of range", "give a number above 0")
     base = TransferRule(rate=1e-3, size=arguments.size, batch=arguments.batch)
     show(fit_rates(*columns, base=base, where=str(arguments.results)))
 

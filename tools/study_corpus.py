@@ -79,6 +79,8 @@ def main(arguments: Arguments) -> None:
         sources = []
         for file in FILES:
             path = arguments.data / file.path
+            if not path.is_file():
+                raise InputError(path, "there is no such file", "name the folder that holds it first")
             if file.labels:
                 sources.append(replace(file, path=str(path)))
                 continue

@@ -43,7 +43,9 @@ def nearest_prefix(sizes: Int[np.ndarray, " blocks"], wanted: int) -> int:
     return int(np.abs(np.cumsum(sizes) - wanted).argmin()) + 1
 
 
-def unique_cells(cells: Int64[np.ndarray, " n"], context: Context) -> int:
+def unique_cells(
+    cells: Int64[np.ndarray, " n"], context: Context, *before: tuple[Int64[np.ndarray, " m"], Context]
+) -> int:
     """Count the cells whose expression a training on `cells` reads: D of a scaling law.
 
     Parameters
@@ -52,6 +54,8 @@ def unique_cells(cells: Int64[np.ndarray, " n"], context: Context) -> int:
         Numbers of the centres.
     context
         What stands around each of them.
+    *before
+        The same of trainings that this one goes on from, whose cells count too.
 
     Returns
     -------
@@ -64,7 +68,8 @@ def unique_cells(cells: Int64[np.ndarray, " n"], context: Context) -> int:
         More neighbours than the corpus stores.
     """
     is_read = np.zeros(context.corpus.n_cells, bool)
-    for first in range(0, len(cells), CHUNK):
-        _, shown = context.members(cells[first : first + CHUNK])
-        is_read[shown[shown >= 0]] = True
+    for centres, around in ((cells, context), *before):
+        for first in range(0, len(centres), CHUNK):
+            _, shown = around.members(centres[first : first + CHUNK])
+            is_read[shown[shown >= 0]] = True
     return int(np.count_nonzero(is_read))

@@ -18,9 +18,9 @@ def write_scripts(folder: Path, command: Sequence[str], planned: Sequence[Planne
     Parameters
     ----------
     folder
-        Of the sweep.
+        Of the sweep, with a folder ``logs``.
     command
-        Words that run the sweep, to which ``--index`` is added.
+        Words that run the sweep where this is called, to which ``--index`` is added.
     planned
         In their order.
 
@@ -29,14 +29,13 @@ def write_scripts(folder: Path, command: Sequence[str], planned: Sequence[Planne
     The script to call, with options of ``sbatch`` (partition, time, GPUs): what a site wants is not ours to
     guess.
     """
-    logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     job = [
         "#!/bin/bash",
-        f"#SBATCH --output={logs.absolute()}/%A_%a.log",
+        f"#SBATCH --output={shlex.quote(f'{folder.absolute()}/logs/%A_%a.log')}",
         "# A job that is stopped saves first, and goes on where it is started again.",
         "#SBATCH --requeue",
         "#SBATCH --signal=B:TERM@120",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 1",
         f'srun {shlex.join(command)} --index "$SLURM_ARRAY_TASK_ID" &',
         "child=$!",
         "trap 'kill -TERM $child; wait $child' TERM",

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from scfm_jax.corpus.split import SplitConfig
 from scfm_jax.data.ranks import RankConfig
@@ -19,6 +20,7 @@ from scfm_jax.errors import InputError, check_least
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig
+from scfm_jax.scaling.held_out import measure_of
 from scfm_jax.training.config import RunConfig, from_python, override
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -47,13 +49,17 @@ class SweepRun:
     after: str = ""
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "flops")
-        if not _NAME.fullmatch(self.name):
+        _check_name("run", self.name)
+        if not isinstance(self.config, RunConfig):
+            problem = f"has a config that is {type(self.config).__name__}"
             raise InputError(
-                f"run {self.name!r}", "is no name of a folder", "use letters, digits, . _ + and -"
+                f"run {self.name}", problem, "give it a RunConfig, as recipe() of experiments/ do"
             )
+        check_least(self, 0, "flops")
         if self.after and self.flops:
             raise InputError(f"run {self.name}", "has both flops and after", "give it steps instead of flops")
+        if self.after and self.config.initial_weights:
+            raise InputError(f"run {self.name}", "has both initial_weights and after", "give it one of them")
 
     @property
     def family(self) -> str:
@@ -93,12 +99,20 @@ class Sweep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_name("sweep", self.name)
         check_least(self, 0, "evaluate_cells", "seed")
         check_runs(self.runs, self.objective)
 
     def run(self, name: str) -> SweepRun:
         """The run of a name."""
         return next(run for run in self.runs if run.name == name)
+
+    def chain(self, run: SweepRun) -> list[SweepRun]:
+        """A run, the one that it comes after, and so on."""
+        runs = [run]
+        while runs[-1].after:
+            runs.append(self.run(runs[-1].after))
+        return runs
 
 
 def load_sweep(path: Path, *, corpus: str = "", flags: Sequence[str] = ()) -> Sweep:
@@ -119,7 +133,10 @@ def load_sweep(path: Path, *, corpus: str = "", flags: Sequence[str] = ()) -> Sw
         As `scfm_jax.training.config.load_recipe` and `check_runs`; a run without a corpus, or runs of
         several.
     """
-    sweep = from_python(path, "sweep", Sweep)
+    try:
+        sweep = from_python(path, "sweep", Sweep)
+    except InputError as error:
+        raise error if error.where == str(path) else _in_file(path, error) from error
     given = (["--corpus", corpus] if corpus else []) + list(flags)
     runs = tuple(
         replace(run, config=override(run.config, given, f"{path}, run {run.name}")) for run in sweep.runs
@@ -134,7 +151,16 @@ def load_sweep(path: Path, *, corpus: str = "", flags: Sequence[str] = ()) -> Sw
     try:
         return replace(sweep, runs=runs)
     except InputError as error:
-        raise InputError(f"{path}, {error.where}", error.problem, error.mend) from error
+        raise _in_file(path, error) from error
+
+
+def _in_file(path: Path, error: InputError) -> InputError:
+    return InputError(f"{path}, {error.where}", error.problem, error.mend)
+
+
+def _check_name(what: str, name: str) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"{what} {name!r}", "is no name of a folder", "use letters, digits, . _ + and -")
 
 
 def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | MaskedGenesConfig | None) -> None:
@@ -143,17 +169,25 @@ def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | Masked
     Raises
     ------
     InputError
-        No runs; a name twice; runs of two families; other test cells, technologies or (without one for all)
-        objectives than the first run has; a run after one that is not there, or after itself.
+        No runs; a name twice; runs of two families; other test cells, technologies, lengths of sentences or
+        (without one for all) objectives than the first run has; an objective for all that is not of their
+        family, or of another loss than they are trained by; a run after one that is not there, or after
+        itself.
     """
+    if not isinstance(runs, tuple | list):
+        raise InputError("sweep", f"has runs that are {type(runs).__name__}", "give a tuple of SweepRun")
     if not runs:
         raise InputError("sweep", "has no runs", "let sweep() return some")
+    for run in runs:
+        if not isinstance(run, SweepRun):
+            raise InputError("sweep", f"has a run that is {type(run).__name__}", "make each a SweepRun")
     for name, times in Counter(run.name for run in runs).items():
         if times > 1:
             raise InputError(
                 f"run {name}", f"stands {times} times in the sweep", "give each run its own name"
             )
     first, named = runs[0], {run.name: run for run in runs}
+    measure = _measure(first, objective)
     for run in runs:
         for what, mine, other in (
             ("family", run.family, first.family),
@@ -165,6 +199,14 @@ def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | Masked
                 problem = f"has another {what} than run {first.name}, so that their losses cannot be compared"
                 mend = "name Sweep.objective" if what == "objective" else "give all runs the same"
                 raise InputError(f"run {run.name}", problem, mend)
+        for what, value in _measure(run, objective).items():
+            if value != measure[what]:
+                problem = f"{what} is {value!r}, that of run {first.name} {measure[what]!r}"
+                raise InputError(
+                    f"run {run.name}",
+                    f"{problem}, so that their losses cannot be compared",
+                    "give all the same",
+                )
         seen = [run.name]
         while named[seen[-1]].after:
             after = named[seen[-1]].after
@@ -174,6 +216,23 @@ def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | Masked
                 )
                 raise InputError(f"run {seen[-1]}", problem, "name a run of the sweep that comes before it")
             seen.append(after)
+
+
+def _measure(run: SweepRun, objective: ColumnMaskingConfig | MaskedGenesConfig | None) -> dict[str, Any]:
+    """What decides the unit of a run's held-out loss, as it is judged."""
+    if objective is None:
+        return measure_of(run.config)
+    trained = run.config.objective
+    if type(objective) is not type(trained):
+        problem = f"is a {type(objective).__name__}, run {run.name} is trained by a {type(trained).__name__}"
+        raise InputError("Sweep.objective", problem, "give one of the runs' family")
+    losses = [getattr(of, "loss", None) for of in (trained, objective)]
+    if losses[0] != losses[1]:
+        problem = f"is trained by the loss {losses[0]}, and Sweep.objective judges by {losses[1]}"
+        raise InputError(
+            f"run {run.name}", problem, "give both the same: a model predicts in the unit of one"
+        )
+    return measure_of(replace(run.config, objective=objective))
 
 
 def test_of(split: SplitConfig) -> SplitConfig:

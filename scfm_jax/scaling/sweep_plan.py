@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from scfm_jax.corpus import Corpus
+from scfm_jax.corpus.context import Context
 from scfm_jax.corpus.split import Split, SplitConfig, split_cells
 from scfm_jax.corpus.subset import unique_cells
 from scfm_jax.data.loader import Loader, Reader
+from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.stream import CellBlocks
 from scfm_jax.data.tokens import EVALUATION_STEP
 from scfm_jax.errors import InputError
@@ -38,11 +41,11 @@ class PlannedRun:
         How many runs come before it, one after the other.
     size
         Of the model.
-    training_cells, unique_cells
-        Centres that are trained on, and all cells that training reads.
-    cells, tokens, flops
-        Of the whole training, those of the runs before it too; tokens and FLOPs are reckoned from a sample of
-        cells.
+    training_cells
+        Centres that are trained on.
+    unique_cells, epochs, cells, tokens, flops
+        Of the whole training, those of the runs before it too: cells that it reads, how often it sees its
+        centres, and what it goes through; tokens and FLOPs are reckoned from a sample of cells.
     """
 
     run: SweepRun
@@ -50,6 +53,7 @@ class PlannedRun:
     size: Size
     training_cells: int
     unique_cells: int
+    epochs: float
     cells: int
     tokens: float
     flops: float
@@ -65,7 +69,8 @@ def plan_sweep(
     Raises
     ------
     InputError
-        As `split_cells`; a budget that is less than a step, or more training cells than there are.
+        As `split_cells`; a budget that is less than a step, more training cells than there are, or a run
+        after one of another size.
     """
     cells = _TrainingCells(corpus)
     lengths, planned = _shared_lengths(sweep, cells), dict[str, PlannedRun]()
@@ -73,7 +78,7 @@ def plan_sweep(
         for run in sweep.runs:
             if run.name not in planned and (not run.after or run.after in planned):
                 before = planned[run.after] if run.after else None
-                planned[run.name] = _planned(run, before, cells, lengths[_shape(run.config)])
+                planned[run.name] = _planned(sweep, run, before, cells, lengths[_shape(run.config)])
                 progress(len(planned), len(sweep.runs))
     return sorted(planned.values(), key=lambda each: (each.generation, each.flops, each.run.name))
 
@@ -85,6 +90,7 @@ class _TrainingCells:
         self.corpus = corpus
         self._split = functools.lru_cache(maxsize=None)(self._find_split)
         self._loads: dict[str, Load] = {}
+        self._unique: dict[str, int] = {}
 
     def _find_split(self, config: SplitConfig) -> Split:
         return split_cells(self.corpus, config)
@@ -93,37 +99,70 @@ class _TrainingCells:
         """The centres that a run trains on."""
         return select_cells(self.corpus, self._split(config.split), config)[0]
 
+    def unique(self, *configs: RunConfig) -> int:
+        """How many different cells a run reads, and those before it."""
+        key = repr([(config.split, config.technologies, config.data.sample) for config in configs])
+        if key not in self._unique:
+            self._unique[key] = unique_cells(
+                *self._read_by(configs[0]), *(self._read_by(config) for config in configs[1:])
+            )
+        return self._unique[key]
+
+    def _read_by(self, config: RunConfig) -> tuple[Int64[np.ndarray, " n"], Context]:
+        return self.of(config).numbers(), config.data.sample.context_of(self.corpus)
+
     def load(self, config: RunConfig) -> Load:
         """Of a training sample of the run, the mean."""
-        key = repr((config.split, config.technologies, config.data.sample, config.objective.rates))
+        data = config.data
+        key = repr((config.split, config.technologies, data.sample, data.weights, config.objective.rates))
         if key not in self._loads:
-            cells = self.of(config)
-            random = np.random.default_rng(0)
-            places = random.choice(len(cells), min(_SAMPLED, len(cells)), replace=False)
-            reader: Reader = config.data.sample.reader(self.corpus)
-            read = reader.read(
-                cells.at(np.sort(places)), draw=EVALUATION_STEP, seed=0, rates=config.objective.rates
-            )
+            reader: Reader = data.sample.reader(self.corpus)
+            cells = np.sort(self._sampled(config))
+            read = reader.read(cells, draw=EVALUATION_STEP, seed=0, rates=config.objective.rates)
             whole = Load.real(*read.lengths.T)
             self._loads[key] = whole.scaled(1 / whole.rows)
         return self._loads[key]
 
+    def _sampled(self, config: RunConfig) -> Int64[np.ndarray, " n"]:
+        """Some cells, drawn as training draws them."""
+        cells = self.of(config)
+        if config.data.weights:
+            weights = slide_weights(self.corpus, config.data.weights)[self.corpus.slide_of(cells.first)]
+            pool = config.data.pool_blocks
+            return MixedStreams(cells, weights, n_shards=1, seed=0, pool_blocks=pool).draw(0, 0, _SAMPLED)
+        random = np.random.default_rng(0)
+        return cells.at(random.choice(len(cells), min(_SAMPLED, len(cells)), replace=False))
+
 
 def _planned(
-    run: SweepRun, before: PlannedRun | None, cells: _TrainingCells, lengths: tuple[tuple[int, ...], ...]
+    sweep: Sweep,
+    run: SweepRun,
+    before: PlannedRun | None,
+    cells: _TrainingCells,
+    lengths: tuple[tuple[int, ...], ...],
 ) -> PlannedRun:
     config = replace(run.config, data=replace(run.config.data, lengths=lengths))
     load, n_genes, batch = cells.load(config), len(cells.corpus.vocabulary), config.data.batch_size
     of_step = training_flops(config.model, n_genes, load.scaled(batch))
     if run.flops:
         config = _spending(run, config, of_step)
-    seen, trained_on = config.optimiser.steps * batch, cells.of(config)
+    seen, training_cells, size = (
+        config.optimiser.steps * batch,
+        len(cells.of(config)),
+        size_of(config, n_genes),
+    )
+    if before and size != before.size:
+        problem = f"comes after run {run.after}, which has {before.size.parameters:,} parameters and not "
+        raise InputError(
+            f"run {run.name}", f"{problem}{size.parameters:,}", "give both models the same sizes"
+        )
     return PlannedRun(
         run=replace(run, config=config),
         generation=before.generation + 1 if before else 0,
-        size=size_of(config, n_genes),
-        training_cells=len(trained_on),
-        unique_cells=unique_cells(trained_on.numbers(), config.data.sample.context_of(cells.corpus)),
+        size=size,
+        training_cells=training_cells,
+        unique_cells=cells.unique(*(each.config for each in sweep.chain(run))),
+        epochs=seen / training_cells + (before.epochs if before else 0.0),
         cells=seen + (before.cells if before else 0),
         tokens=seen * load.tokens + (before.tokens if before else 0.0),
         flops=config.optimiser.steps * of_step + (before.flops if before else 0.0),
@@ -137,9 +176,8 @@ def _spending(run: SweepRun, config: RunConfig, of_step: float) -> RunConfig:
         problem = f"flops is {run.flops:.3g}, a step takes {of_step:.3g}"
         raise InputError(f"run {run.name}", problem, "raise the budget, or lower the batch")
     warmup = round(optimiser.warmup_steps * steps / optimiser.steps)
-    return replace(
-        config, optimiser=replace(optimiser, steps=steps, schedule_steps=0, warmup_steps=max(warmup, 1))
-    )
+    warmup = max(warmup, min(optimiser.warmup_steps, 1))
+    return replace(config, optimiser=replace(optimiser, steps=steps, schedule_steps=0, warmup_steps=warmup))
 
 
 def _shape(config: RunConfig) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from scfm_jax.errors import InputError
 from scfm_jax.scaling.held_out import HeldOutErrors, held_out_errors, loss_and_error, loss_by_source
 from scfm_jax.scaling.sweep import Sweep, test_of
 from scfm_jax.scaling.sweep_plan import PlannedRun
+from scfm_jax.training.config import MeshConfig, RunConfig
 from scfm_jax.training.hosts import is_primary, meet
 from scfm_jax.training.metrics import read_metrics
+from scfm_jax.training.run import read_run
 from scfm_jax.training.train import select_cells, train
 
-RESULTS, ROWS, RUNS, ERRORS = "results.jsonl", "rows", "runs", "errors"
-# What a row says that does not follow from the config: how long it took.
+RESULTS, ROWS, RUNS, ERRORS, JUDGED = "results.jsonl", "rows", "runs", "errors", "judged.json"
+_BEGUN = "digest.txt"  # in a run directory: of what its weights depend on
 _OVERHEAD = ("compile", "start")
 
 
@@ -44,11 +46,27 @@ class SweepFolder:
     Attributes
     ----------
     path
-        ``results.jsonl`` (all rows so far), ``rows/NAME.json``, ``errors/NAME.npz`` (`HeldOutErrors`), and
-        the run directories ``runs/NAME``.
+        ``results.jsonl`` (all rows so far), ``rows/NAME.json``, ``errors/NAME.npz`` (`HeldOutErrors`), the
+        run directories ``runs/NAME``, and by what all are judged, ``judged.json``.
     """
 
     path: Path
+
+    def make(self, *names: str) -> None:
+        """Make the folder and some within it.
+
+        Raises
+        ------
+        InputError
+            That cannot be.
+        """
+        try:
+            for name in names:
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                self.path, f"cannot be written: {error.strerror}", "name another folder"
+            ) from error
 
     def run(self, name: str) -> Path:
         """A run directory."""
@@ -59,14 +77,24 @@ class SweepFolder:
         return self.path / ERRORS / f"{name}.npz"
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """The row of a run that is done."""
-        path = self.path / ROWS / f"{name}.json"
+        """The row of a run that is done.
+
+        Raises
+        ------
+        InputError
+            The file is damaged.
+        """
+        path, mend = self.path / ROWS / f"{name}.json", "remove it, and the run is judged again"
         try:
-            return json.loads(path.read_text()) if path.exists() else None
+            row = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except ValueError as error:
-            raise InputError(
-                path, f"is no row of a run ({error})", "remove it, and the run is judged again"
-            ) from error
+            raise InputError(path, f"is no row of a run ({error})", mend) from error
+        for field in ("name", "flops", "tokens", "digest"):
+            if not isinstance(row, dict) or field not in row:
+                raise InputError(path, f"is no row of a run, as it lacks {field}", mend)
+        return row
 
     def write(self, row: dict[str, Any]) -> None:
         """Keep a row, and gather all into the results file; jobs of an array may do so at once."""
@@ -77,11 +105,42 @@ class SweepFolder:
 
     def gather(self) -> Path:
         """Write the results file anew, from all rows, in the order of their FLOPs."""
-        rows = [json.loads(path.read_text()) for path in (self.path / ROWS).glob("*.json")]
-        rows.sort(key=lambda row: (row["flops"], row["name"]))
-        partial = self.path / f"{RESULTS}.{time.time_ns()}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return partial.replace(self.path / RESULTS)
+        gathered, results = None, self.path / RESULTS
+        # Another job that gathered less may write last; it then sees the rows that it lacked.
+        while gathered != (names := sorted(path.stem for path in (self.path / ROWS).glob("*.json"))):
+            rows = [row for name in names if (row := self.row(name))]
+            rows.sort(key=lambda row: (row["flops"], row["name"]))
+            _replace(results, "".join(json.dumps(row) + "\n" for row in rows))
+            gathered = names
+        return results
+
+    def judge_by(self, measure: dict[str, Any]) -> None:
+        """Let all rows of the folder be judged by the same.
+
+        Raises
+        ------
+        InputError
+            They are judged by something else.
+        """
+        path = self.path / JUDGED
+        if not path.exists():
+            _replace(path, json.dumps(measure, indent=2) + "\n")
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(path, f"cannot be read ({error})", "remove it") from error
+        for name, value in measure.items():
+            if not isinstance(there, dict) or there.get(name) != value:
+                problem = f"holds runs that are judged by another {name}, so that losses do not compare"
+                mend = f"name another folder, or remove {ROWS}/ and {JUDGED}, and all are judged again"
+                raise InputError(self.path, problem, mend)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file, whole or not at all, whoever else does so at the same time."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def run_planned(
@@ -116,31 +175,64 @@ def run_planned(
     Raises
     ------
     InputError
-        A run that was begun with another config or corpus, or one that comes after a run that is not done.
+        A run that was begun with another config or corpus, or one that comes after a run that is not done; a
+        folder that cannot be written, or whose runs are judged by something else.
     Stopped
         Ctrl-C or SIGTERM asked training to stop; the next call goes on.
     """
     if is_primary():
-        for name in (ROWS, RUNS, ERRORS):
-            (folder.path / name).mkdir(parents=True, exist_ok=True)
+        folder.make(ROWS, RUNS, ERRORS)
+        folder.judge_by(judgement(sweep, corpus))
     meet("folder of the sweep")
     cells, block = judged_cells(sweep, corpus)
     for each in planned:
         name = each.run.name
-        digest, row = digest_of(sweep, each, corpus, folder), folder.row(name)
+        row = done_row(sweep, each, corpus, folder)
         if row is None:
-            row = _row(sweep, each, corpus, folder, cells, block, digest, report)
+            before = _before(each, folder)
+            seconds = _train(each, corpus, folder, before, report)
+            began = time.perf_counter()
+            errors = _judge(sweep, folder.run(name), corpus, cells)
             if is_primary():
-                folder.write(row)
+                folder.errors(name).unlink(missing_ok=True)
+                errors.save(folder.errors(name))
+                judged = _judged(errors, corpus, block)
+                spent = {"seconds": seconds + time.perf_counter() - began}
+                digest = digest_of(sweep, each, corpus, folder)
+                folder.write(_trained(each, folder, before) | judged | spent | {"digest": digest})
             meet(f"row of {name}")
-        elif row["digest"] != digest:
-            problem = f"run {name} was made with another config, corpus or judgement"
-            raise InputError(
-                folder.path, problem, f"remove {RUNS}/{name} and {ROWS}/{name}.json, or rename it"
-            )
-        if is_primary():
+        if is_primary() and (row := folder.row(name)):
             report(each, row)
     return folder.gather() if is_primary() else folder.path / RESULTS
+
+
+def done_row(sweep: Sweep, each: PlannedRun, corpus: Corpus, folder: SweepFolder) -> dict[str, Any] | None:
+    """The row of a planned run, if it is done.
+
+    Raises
+    ------
+    InputError
+        It was made with another config, corpus or judgement, or after a run that is not done (any more).
+    """
+    name, row = each.run.name, folder.row(each.run.name)
+    if row is not None and row["digest"] != digest_of(sweep, each, corpus, folder):
+        problem = f"run {name} was made with another config, corpus or judgement"
+        raise InputError(folder.path, problem, f"remove {RUNS}/{name} and {ROWS}/{name}.json, or rename it")
+    return row
+
+
+def judgement(sweep: Sweep, corpus: Corpus) -> dict[str, Any]:
+    """All that losses of runs must have in common to compare."""
+    first = sweep.runs[0].config
+    measure = {
+        "corpus": corpus.hash,
+        "objective": asdict(sweep.objective or first.objective),
+        "split": asdict(test_of(first.split)),
+        "technologies": first.technologies,
+        "evaluate_cells": sweep.evaluate_cells,
+        "seed": sweep.seed,
+    }
+    return json.loads(json.dumps(measure))
 
 
 def judged_cells(sweep: Sweep, corpus: Corpus) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
@@ -153,54 +245,79 @@ def judged_cells(sweep: Sweep, corpus: Corpus) -> tuple[Int64[np.ndarray, " n"],
 
 def digest_of(sweep: Sweep, each: PlannedRun, corpus: Corpus, folder: SweepFolder) -> str:
     """Of all that a row depends on: the config, the runs before it, the corpus, and the judgement."""
-    config = each.run.config
+    judged = [asdict(sweep.objective) if sweep.objective else None, sweep.evaluate_cells, sweep.seed]
+    return _digest(_said(each, corpus, folder) | {"judged": judged})
+
+
+def _said(each: PlannedRun, corpus: Corpus, folder: SweepFolder) -> dict[str, Any]:
+    """What the weights of a run depend on."""
+    config, before = each.run.config, _before(each, folder)
     # Where and how often, and what pads the batches, changes no result.
-    free: dict[str, Any] = {"corpus": "", "initial_weights": "", "log_every": 1, "checkpoint_every": 1}
+    free: dict[str, Any] = {"corpus": "", "log_every": 1, "checkpoint_every": 1, "mesh": MeshConfig()}
     data = replace(config.data, lengths=(), prefetch=2, cache_mib=1, readers=1)
-    said: dict[str, Any] = {
-        "config": asdict(replace(config, data=data, **free)),
-        "corpus": corpus.hash,
-        "judged": [asdict(sweep.objective) if sweep.objective else None, sweep.evaluate_cells, sweep.seed],
-    }
-    if each.run.after:
-        before = folder.row(each.run.after)
-        if before is None:
-            raise InputError(
-                folder.path,
-                f"run {each.run.name} comes after run {each.run.after}, which is not done",
-                "run that first",
-            )
-        said["after"] = before["digest"]
+    said = {"config": asdict(replace(config, data=data, **free)), "corpus": corpus.hash}
+    return said | {"after": before["digest"]} if before else said
+
+
+def _digest(said: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _row(
-    sweep: Sweep,
+def _before(each: PlannedRun, folder: SweepFolder) -> dict[str, Any] | None:
+    """The row of the run that a run comes after."""
+    if not each.run.after:
+        return None
+    if before := folder.row(each.run.after):
+        return before
+    problem = f"run {each.run.name} comes after run {each.run.after}, which is not done"
+    raise InputError(folder.path, problem, "run that first")
+
+
+def _train(
     each: PlannedRun,
     corpus: Corpus,
     folder: SweepFolder,
-    cells: Int64[np.ndarray, " n"],
-    block: Int64[np.ndarray, " n"],
-    digest: str,
+    before: dict[str, Any] | None,
     report: Callable[[PlannedRun, dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Train a run, or go on with it, and judge it."""
-    began, run, place = time.perf_counter(), each.run, folder.run(each.run.name)
-    config = trained_config(each, folder)
-    started = (place / "config.json").exists()
+) -> float:
+    """Train a run, or go on with it; returns the seconds that it took, those before it was stopped too."""
+    began, name, place = time.perf_counter(), each.run.name, folder.run(each.run.name)
+    config, digest = trained_config(each, folder), _digest(_said(each, corpus, folder))
+    started, marked = (place / "config.json").exists(), place / _BEGUN
+    if started and marked.exists() and marked.read_text().strip() != digest:
+        problem = "was begun with another config, corpus or run before it"
+        raise InputError(place, problem, f"remove {RUNS}/{name}, and it is trained anew, or rename it")
+    if started and each.run.after:  # the folder may be named otherwise now, or have been moved
+        config = replace(config, initial_weights=read_run(place)[0].initial_weights)
+    earlier = _seconds_so_far(place)
+    meet(f"begin of {name}")  # before one host makes what all have looked for
 
     def told(row: dict[str, Any]) -> None:
+        if "steps" in row:  # the run directory is made
+            marked.write_text(digest + "\n")
         report(each, row)
 
     if train(config, place, resume=started, report=told) < config.optimiser.steps:
-        raise Stopped(run.name)
-    errors = _judge(sweep, place, corpus, cells)
-    if is_primary():
-        folder.errors(run.name).unlink(missing_ok=True)
-        errors.save(folder.errors(run.name))
-    loss, error = loss_and_error(errors, block)
-    before = folder.row(run.after) if run.after else None
-    steps = [row for row in read_metrics(place / "metrics.jsonl") if "seconds" in row]
+        raise Stopped(name)
+    return earlier + time.perf_counter() - began
+
+
+def _seconds_so_far(place: Path) -> float:
+    """What earlier starts of a run spent on it."""
+    path = place / "goodput.json"
+    if not path.exists():
+        return 0.0
+    spent = json.loads(path.read_text())["seconds"]
+    return sum(seconds for purpose, seconds in spent.items() if purpose != "down")
+
+
+def _trained(each: PlannedRun, folder: SweepFolder, before: dict[str, Any] | None) -> dict[str, Any]:
+    """What the row of a run says of its training."""
+    run, config, path = each.run, each.run.config, folder.run(each.run.name) / "metrics.jsonl"
+    steps = [row for row in read_metrics(path) if "seconds" in row]
+    if len(steps) != config.optimiser.steps:
+        problem = f"has rows of {len(steps)} steps, and {config.optimiser.steps} were trained"
+        raise InputError(path, problem, f"remove {RUNS}/{run.name}, and it is trained anew")
     seconds = {name: sum(row["seconds"][name] for row in steps) for name in steps[0]["seconds"]}
     return {
         "name": run.name,
@@ -213,31 +330,34 @@ def _row(
         "tokens": sum(row["tokens"] for row in steps) + (before["tokens"] if before else 0),
         "unique_cells": each.unique_cells,
         "training_cells": each.training_cells,
-        "epochs": each.cells / each.training_cells,
+        "epochs": each.epochs,
         "flops": sum(row["flops"] for row in steps) + (before["flops"] if before else 0),
-        "loss": _number(loss),
-        "loss_se": _number(error),
-        "loss_by_file": {
-            name: [_number(of.loss), _number(of.error)]
-            for name, of in loss_by_source(errors, corpus, block).items()
-        },
         "after": run.after,
         "steps": config.optimiser.steps,
         "batch_size": config.data.batch_size,
         "peak_rate": config.optimiser.peak_rate,
-        "seconds": time.perf_counter() - began,
         "seconds_of": seconds,
         "overhead": sum(seconds[name] for name in _OVERHEAD) / max(sum(seconds.values()), 1e-9),
         "device": jax.devices()[0].device_kind,
-        "digest": digest,
     }
 
 
-def trained_config(each: PlannedRun, folder: SweepFolder) -> Any:
+def _judged(errors: HeldOutErrors, corpus: Corpus, block: Int64[np.ndarray, " n"]) -> dict[str, Any]:
+    """What the row of a run says of its loss."""
+    loss, error = loss_and_error(errors, block)
+    by_file = loss_by_source(errors, corpus, block)
+    return {
+        "loss": _number(loss),
+        "loss_se": _number(error),
+        "loss_by_file": {name: [_number(of.loss), _number(of.error)] for name, of in by_file.items()},
+    }
+
+
+def trained_config(each: PlannedRun, folder: SweepFolder) -> RunConfig:
     """What a run is trained with: it is judged once, at its end, so nothing is chosen on the way."""
     config = each.run.config
     initial = str(folder.run(each.run.after)) if each.run.after else config.initial_weights
-    return dataclasses.replace(
+    return replace(
         config, initial_weights=initial, evaluate_every=config.optimiser.steps, keep_last=1, keep_best=0
     )
 

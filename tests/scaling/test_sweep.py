@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import subprocess
-import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,17 @@ import pytest
 
 from scfm_jax.cli import main
 from scfm_jax.corpus import Corpus
-from scfm_jax.corpus.split import split_cells
+from scfm_jax.corpus.split import SplitConfig, split_cells
 from scfm_jax.errors import InputError
 from scfm_jax.models.transformer import TransformerConfig
-from scfm_jax.objectives.column_masking import ColumnMaskingConfig
 from scfm_jax.scaling import sweep_run
 from scfm_jax.scaling.held_out import HeldOutErrors
 from scfm_jax.scaling.runs import read_runs
 from scfm_jax.scaling.slurm import write_scripts
-from scfm_jax.scaling.sweep import Sweep, SweepRun, load_sweep
+from scfm_jax.scaling.sweep import Sweep, SweepRun
 from scfm_jax.scaling.sweep_plan import PlannedRun, plan_sweep
 from scfm_jax.scaling.sweep_run import Stopped, SweepFolder, run_planned
-from scfm_jax.training.config import RunConfig
+from scfm_jax.training.config import MeshConfig, RunConfig
 from scfm_jax.training.mesh import make_mesh
 from scfm_jax.training.metrics import read_metrics
 from scfm_jax.training.step import make_program
@@ -176,9 +176,64 @@ def test_a_run_of_the_same_name_with_another_config_is_refused(
         InputError, match=r"run small was made with another config.*; remove runs/small and rows/small.json"
     ):
         run_planned(changed, plan_sweep(changed, corpus), corpus, SweepFolder(out))
-    other = replace(sweep, evaluate_cells=30)
-    with pytest.raises(InputError, match="run small was made with another config, corpus or judgement"):
+
+
+def test_two_sweeps_in_one_folder_are_judged_alike_or_refused(
+    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path
+) -> None:
+    out, _ = done
+    corpus = Corpus.open(sweep.runs[0].config.corpus)
+    other = Sweep("other", (replace(sweep.run("small"), name="of-another-sweep"),), evaluate_cells=30)
+    before = (out / "results.jsonl").read_bytes()
+    with pytest.raises(
+        InputError, match=r"tiny: holds runs that are judged by another evaluate_cells.*; name another folder"
+    ):
         run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(out))
+    assert (out / "results.jsonl").read_bytes() == before
+    (tmp_path / "judged.json").write_text("{")
+    with pytest.raises(InputError, match=r"judged.json: cannot be read .*; remove it"):
+        run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(tmp_path))
+
+
+def test_what_changes_no_weight_is_not_in_the_digest_and_what_does_is(
+    sweep: Sweep, done: tuple[Path, list[PlannedRun]]
+) -> None:
+    out, planned = done
+    corpus, folder, small = Corpus.open(sweep.runs[0].config.corpus), SweepFolder(out), planned[0]
+
+    def digest(**changed: Any) -> str:
+        run = replace(small.run, config=replace(small.run.config, **changed))
+        return sweep_run.digest_of(sweep, replace(small, run=run), corpus, folder)
+
+    assert digest() == rows_of(out)["small"]["digest"]
+    assert digest(mesh=MeshConfig(tensor=2), log_every=7, checkpoint_every=7, corpus="elsewhere") == digest()
+    assert len({digest(), digest(seed=1), digest(initial_weights="a"), digest(initial_weights="b")}) == 4
+
+
+def test_a_row_of_another_job_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, replace_file = SweepFolder(tmp_path), sweep_run._replace
+    folder.make("rows")
+    others = [{"name": name, "flops": 1.0, "tokens": 1, "digest": ""} for name in ("b", "c")]
+
+    def while_others_write(path: Path, text: str) -> None:
+        if others:
+            row = others.pop()
+            (tmp_path / "rows" / f"{row['name']}.json").write_text(json.dumps(row))
+        replace_file(path, text)
+
+    monkeypatch.setattr(sweep_run, "_replace", while_others_write)
+    folder.write({"name": "a", "flops": 2.0, "tokens": 1, "digest": ""})
+    assert [*rows_of(tmp_path)] == ["b", "c", "a"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "a"}'])
+def test_a_damaged_row_is_named(tmp_path: Path, text: str) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.make("rows")
+    (tmp_path / "rows" / "a.json").write_text(text)
+    for read in (lambda: folder.row("a"), folder.gather):
+        with pytest.raises(InputError, match=r"rows/a.json: is no row of a run.*; remove it, and the run is"):
+            read()
 
 
 def test_a_larger_run_that_joins_later_changes_no_row(
@@ -215,17 +270,50 @@ def test_a_run_that_was_stopped_goes_on(
         with pytest.raises(Stopped, match="large"):
             run_planned(sweep, large, corpus, folder)
     assert folder.row("large") is None
+    (each,) = large
+    optimiser = replace(each.run.config.optimiser, peak_rate=0.5)
+    other = replace(each, run=replace(each.run, config=replace(each.run.config, optimiser=optimiser)))
+    with pytest.raises(
+        InputError, match=r"runs/large: was begun with another config.*; remove runs/large, and"
+    ):
+        run_planned(sweep, [other], corpus, folder)
+    ledger = folder.run("large") / "goodput.json"
+    spent = json.loads(ledger.read_text())
+    spent["seconds"] |= {"compute": 1e6, "down": 1e9}
+    ledger.write_text(json.dumps(spent))
     run_planned(sweep, large, corpus, folder)
     row, never_stopped = folder.row("large"), rows_of(done[0])["large"]
     assert row is not None
     assert (row["loss"], row["tokens"], row["flops"]) == tuple(
         never_stopped[name] for name in ("loss", "tokens", "flops")
     )
+    assert 1e6 < row["seconds"] < 1e9
+    # Trained but not judged, as after a crash in between; then also without what it was measured by.
+    (folder.path / "rows" / "large.json").unlink()
+    run_planned(sweep, large, corpus, folder)
+    assert rows_of(folder.path)["large"]["loss"] == row["loss"]
+    (folder.path / "rows" / "large.json").unlink()
+    (folder.run("large") / "metrics.jsonl").unlink()
+    with pytest.raises(
+        InputError, match=r"metrics.jsonl: has rows of 0 steps, and 4 were trained; remove runs"
+    ):
+        run_planned(sweep, large, corpus, folder)
+
+
+def test_a_folder_that_is_named_otherwise_goes_on(
+    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path
+) -> None:
+    out, planned = done
+    corpus, moved = Corpus.open(sweep.runs[0].config.corpus), SweepFolder(tmp_path / "moved")
+    shutil.copytree(out, moved.path)
+    (moved.path / "rows" / "k2.json").unlink()
+    run_planned(sweep, planned, corpus, moved)
+    assert rows_of(moved.path)["k2"]["loss"] == rows_of(out)["k2"]["loss"]
 
 
 def test_a_run_that_diverges_has_no_loss(config: RunConfig, tmp_path: Path) -> None:
     wild = small(config, k=0)
-    wild = replace(wild, optimiser=replace(wild.optimiser, peak_rate=1e30, clip=1e30))
+    wild = replace(wild, optimiser=replace(wild.optimiser, peak_rate=1e30))
     sweep, corpus = Sweep("wild", (SweepRun("wild", wild),), evaluate_cells=16), Corpus.open(config.corpus)
     results = run_planned(sweep, plan_sweep(sweep, corpus), corpus, SweepFolder(tmp_path / "wild"))
     assert rows_of(results.parent)["wild"]["loss"] is None
@@ -243,9 +331,46 @@ def test_a_budget_becomes_steps(config: RunConfig) -> None:
         steps = each.run.config.optimiser.steps
         assert abs(each.flops - 5e7) <= 5e7 / steps / 2 * 1.01
         assert each.run.config.optimiser.warmup_steps == max(round(steps * 2 / 2), 1)
+    at_once = replace(runs[0].config, optimiser=replace(runs[0].config.optimiser, warmup_steps=0))
+    (flat,) = plan_sweep(replace(sweep, runs=(replace(runs[0], config=at_once),)), corpus)
+    assert flat.run.config.optimiser.warmup_steps == 0
     less = replace(sweep, runs=(replace(runs[0], flops=1.0),))
     with pytest.raises(InputError, match=r"run w8: flops is 1, a step takes [\d.e+]+; raise the budget"):
         plan_sweep(less, corpus)
+
+
+def test_a_run_after_another_has_read_the_cells_of_both(config: RunConfig) -> None:
+    corpus = Corpus.open(config.corpus)
+    few, all_cells = small(config, k=2, cells=60), small(config, steps=4, k=0)
+    runs = (SweepRun("alone", few), SweepRun("all", all_cells), SweepRun("late", few, after="all"))
+    planned = {each.run.name: each for each in plan_sweep(Sweep("chain", runs), corpus)}
+    alone, late = planned["alone"], planned["late"]
+    train = [split_cells(corpus, of.split).train for of in (few, all_cells)]
+    near = corpus.neighbours(train[0], 2)
+    assert late.unique_cells == len(np.unique([*near[near >= 0], *train[0], *train[1]])) > alone.unique_cells
+    assert late.training_cells == alone.training_cells == len(train[0])
+    assert late.epochs == pytest.approx(2 * 8 / len(train[0]) + 4 * 8 / len(train[1]))
+    wider = (SweepRun("all", all_cells), SweepRun("late", small(config, width=16), after="all"))
+    with pytest.raises(
+        InputError, match=r"run late: comes after run all, which has [\d,]+ parameters and not"
+    ):
+        plan_sweep(Sweep("chain", wider), corpus)
+
+
+def test_flops_are_reckoned_from_the_cells_that_weights_draw(config: RunConfig) -> None:
+    corpus, run = Corpus.open(config.corpus), small(config, k=2)
+    run = replace(run, split=SplitConfig(blocks=3, n_folds=3, margin=0, min_kept=0.0))
+    changes: list[dict[str, Any]] = [
+        {"data": replace(run.data, weights=("technology=simseq=0",))},
+        {"technologies": ("simscope",)},
+        {},
+    ]
+    drawn, same, all_cells = (
+        plan_sweep(Sweep("one", (SweepRun("one", replace(run, **change)),)), corpus)[0].flops
+        for change in changes
+    )
+    assert drawn == pytest.approx(same, rel=3e-3)
+    assert all_cells != pytest.approx(same, rel=6e-3)
 
 
 def test_runs_that_differ_in_seed_rate_steps_and_cells_share_their_compilations(config: RunConfig) -> None:
@@ -263,73 +388,28 @@ def test_runs_that_differ_in_seed_rate_steps_and_cells_share_their_compilations(
     assert texts[0] == texts[1]
 
 
-CHANGES: dict[str, tuple[Callable[[SweepRun], SweepRun], str]] = {
-    "name": (lambda run: replace(run, name="a"), "run a: stands 2 times in the sweep"),
-    "family": (lambda run: run, ""),
-    "split": (
-        lambda run: replace(run, config=replace(run.config, split=replace(run.config.split, margin=2))),
-        "run b: has another split than run a, so that their losses cannot be compared; give all runs the",
-    ),
-    "technologies": (
-        lambda run: replace(run, config=replace(run.config, technologies=("simscope",))),
-        "run b: has another technologies than run a",
-    ),
-    "objective": (
-        lambda run: replace(run, config=replace(run.config, objective=ColumnMaskingConfig(nonzero_rate=0.5))),
-        "run b: has another objective than run a.*; name Sweep.objective",
-    ),
-    "missing": (lambda run: replace(run, after="c"), "run b: comes after run 'c', which is not in the sweep"),
-    "itself": (lambda run: replace(run, after="b"), "run b: comes after run 'b', which comes after it"),
-    "path": (lambda run: replace(run, name="../b"), r"run '../b': is no name of a folder"),
-    "flops": (lambda run: replace(run, after="a", flops=1e9), "run b: has both flops and after"),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in CHANGES if name != "family"])
-def test_runs_that_cannot_be_compared_are_refused(config: RunConfig, name: str) -> None:
-    change, told = CHANGES[name]
-    with pytest.raises(InputError, match=told):
-        Sweep("two", (SweepRun("a", config), change(SweepRun("b", config))))
-
-
-def test_families_do_not_mix_and_a_sweep_has_runs(config: RunConfig, ranks: RunConfig) -> None:
-    with pytest.raises(InputError, match="run b: has another family than run a"):
-        Sweep("two", (SweepRun("a", config), SweepRun("b", ranks)))
-    with pytest.raises(InputError, match="sweep: has no runs"):
-        Sweep("none", ())
-
-
-def test_masking_rates_are_swept_under_one_judgement(config: RunConfig) -> None:
-    _, _, objective = config.tissue()
-    other = replace(config, objective=replace(objective, nonzero_rate=0.5))
-    assert len(Sweep("rates", (SweepRun("a", config), SweepRun("b", other)), objective=objective).runs) == 2
-
-
+# The runs of the tests above, so that no more is compiled.
 RECIPE = """
 from dataclasses import replace
-from experiments import tissue_demo
-from scfm_jax.models.transformer import TransformerConfig
+from pathlib import Path
+import json
 from scfm_jax.scaling.sweep import Sweep, SweepRun
+from scfm_jax.training.config import RunConfig, from_dict
 
 
 def sweep():
-    config = tissue_demo.recipe()
-    stack = TransformerConfig(layers=1, heads=1, width=8)
-    config = replace(
-        config,
-        model=replace(config.model, encoder=stack, decoder=stack, attention="plain"),
-        data=replace(config.data, batch_size=4, window=1, rungs=1, length_multiple=96),
-    )
-    config = replace(config, data=replace(config.data, sample=replace(config.data.sample, neighbours=0)))
+    content = json.loads(Path(__file__).with_suffix(".json").read_text())
+    config = from_dict(RunConfig, content, "recipe")
     runs = tuple(SweepRun(f"seed{seed}", replace(config, seed=seed)) for seed in (0, 1))
     return Sweep("demo", runs, evaluate_cells=60)
 """
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tmp_path: Path, config: RunConfig) -> Path:
     path = tmp_path / "sweep.py"
-    path.write_text(textwrap.dedent(RECIPE))
+    path.write_text(RECIPE)
+    path.with_suffix(".json").write_text(json.dumps(asdict(replace(small(config, k=0), corpus=""))))
     return path
 
 
@@ -354,14 +434,19 @@ def test_the_verb_plans_runs_and_goes_on(
     said = capsys.readouterr().out
     assert "seed0: N " in said and "2 runs, " in said
     assert not (tmp_path / "out").exists()
+    assert main([*words, "--plan", "--json"]) == 0
+    assert [row["done"] for row in json.loads(capsys.readouterr().out)] == [False, False]
     assert main([*words, "--index", "1"]) == 0
+    assert "seed1 (1/1): N " in capsys.readouterr().out
     assert rows_of(tmp_path / "out").keys() == {"seed1"}
     assert main([*words, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out.partition("\n[")[2].join(["[", ""]))
+    rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == ["seed0", "seed1"]
     assert rows_of(tmp_path / "out").keys() == {"seed0", "seed1"}
     assert main([*words, "--plan"]) == 0
     assert capsys.readouterr().out.count("(done)") == 2
+    assert main([*words, "--plan", "--seed", "3"]) == 2
+    assert "run seed0 was made with another config" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -374,6 +459,15 @@ def test_the_verb_plans_runs_and_goes_on(
             ["{recipe}", "{out}", "--corpus", "{corpus}", "--split.held_out", "slide1*", "--index", "2"],
             "--index: 2 is no run's place; give 0 to 1",
         ),
+        (
+            ["{recipe}", "{recipe}", "--corpus", "{corpus}"],
+            "sweep.py: cannot be written: Not a directory; name",
+        ),
+        (
+            ["{recipe}", "{recipe}", "--corpus", "{corpus}", "--slurm"],
+            "sweep.py: cannot be written: Not a dir",
+        ),
+        (["{recipe}", "--corpus", "{corpus}/missing"], "missing: no manifest.json there, so no corpus"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -399,10 +493,15 @@ echo $((100 + $(wc -l < "$CALLS")))
 
 def test_slurm_runs_stages_one_behind_the_other(done: tuple[Path, list[PlannedRun]], tmp_path: Path) -> None:
     _, planned = done
+    (tmp_path / "a sweep").mkdir()
     submit = write_scripts(tmp_path / "a sweep", ["scfm", "scaling", "run", "s.py", "an out"], planned)
+    (option,) = [line for line in submit.with_name("job.sh").read_text().splitlines() if "--output" in line]
+    # As sbatch reads the line.
+    assert shlex.split(option.removeprefix("#SBATCH")) == [f"--output={tmp_path}/a sweep/logs/%A_%a.log"]
     bin_, calls = tmp_path / "bin", tmp_path / "calls"
     bin_.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", '#!/bin/bash\nprintf "%s|" "$@" > "$CALLS"\n')):
+    srun = '#!/bin/bash\nprintf "%s|" "$PWD" "$@" > "$CALLS"\n'
+    for name, text in (("sbatch", SBATCH), ("srun", srun)):
         (bin_ / name).write_text(text)
         (bin_ / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{bin_}:{os.environ['PATH']}", "CALLS": str(calls)}
@@ -412,12 +511,9 @@ def test_slurm_runs_stages_one_behind_the_other(done: tuple[Path, list[PlannedRu
         f"--parsable --array=0-1 --time=1:00:00 {job}",
         f"--parsable --array=2-2 --dependency=afterok:101 --time=1:00:00 {job}",
     ]
-    subprocess.run(["bash", str(job)], env=environment | {"SLURM_ARRAY_TASK_ID": "2"}, check=True)
-    assert calls.read_text().split("|")[:-1] == ["scfm", "scaling", "run", "s.py", "an out", "--index", "2"]
-
-
-def test_a_sweep_is_python(tmp_path: Path, config: RunConfig) -> None:
-    path = tmp_path / "sweep.py"
-    path.write_text("def sweep():\n    return 3\n")
-    with pytest.raises(InputError, match=r"sweep\(\) returns int; return a scfm_jax.scaling.sweep.Sweep"):
-        load_sweep(path)
+    environment["SLURM_ARRAY_TASK_ID"] = "2"
+    subprocess.run(["bash", str(job)], env=environment, check=True, cwd=tmp_path)
+    # Where the script was written, since flags may name files from there.
+    there, *words = calls.read_text().split("|")[:-1]
+    assert Path(there) == Path.cwd()
+    assert words == ["scfm", "scaling", "run", "s.py", "an out", "--index", "2"]
