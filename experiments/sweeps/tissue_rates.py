@@ -5,8 +5,8 @@ from dataclasses import replace
 from experiments.sweeps.tissue_base import run_config
 from scfm_jax.scaling.sweep import Sweep, SweepRun
 
-WIDTHS = (8, 32, 96)
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+WIDTHS = (8, 32, 64)
+RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 
 
 def sweep() -> Sweep:
