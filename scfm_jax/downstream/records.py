@@ -40,7 +40,7 @@ def storable(value: Any) -> Any:
 def check_key(key: str, taken: Sequence[str], where: str = "adata") -> None:
     """Raise InputError for a key that no file can hold, or that is one of the names that are read."""
     if "/" in key or key in taken:
-        raise InputError(where, f"cannot keep predictions as obs[{key!r}]", "give another key_added")
+        raise InputError(where, f"cannot keep predictions as {key!r}", "give another key_added")
 
 
 def check_blocks(block: Int[np.ndarray, " m"], where: str = "adata") -> None:
