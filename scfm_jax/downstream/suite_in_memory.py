@@ -263,9 +263,8 @@ def ask(one: OneTask, *, report: Report = lambda line: None, more: tuple[Method,
         A split that leaks.
     """
     task, rows, own = one.task, [], ""
-    tested = np.concatenate(
-        [data.fold.test for data in task.in_folds()]
-    )  # a fold without cells is found here
+    # All are looked at before one is answered: a fold without cells is found at once.
+    tested = np.concatenate([data.fold.test for data in task.in_folds()])
     if task.kind != "mixing":
         check_blocks(task.folds.block[tested])
     warn_of_leaking(task.folds.leaking)

@@ -230,7 +230,9 @@ def test_density_is_a_count_within_the_hull_and_is_said_of_all_other_cells(done,
     assert (record["model"], record["model_hash"], record["neighbours"]) == ("tiny", model.hash, 2)
 
 
-def test_composition_is_shares_of_the_labels_around(done):
+def test_composition_is_shares_of_the_labels_around_and_a_file_holds_all(done, tmp_path):
+    done.write_h5ad(tmp_path / "done.h5ad")
+    done = anndata.read_h5ad(tmp_path / "done.h5ad")
     record = done.uns["composition"]
     xy, label = done.obsm["spatial"], done.obs["cell_type"].to_numpy()
     seen = done.obs_names != f"slide1-{EMPTY}"
@@ -311,7 +313,6 @@ def test_a_model_can_be_trained_for_a_task(tissue, model):
             radius=RADIUS,
             way="head",
             neighbours=0,
-            means=(),
             split=split,
             settings=settings,
             key_added="crowd",
@@ -323,8 +324,9 @@ def test_a_model_can_be_trained_for_a_task(tissue, model):
     assert set(adata.obs["crowd_fold"].dropna()) == {"0", "1", ""}
     assert np.isfinite(adata.obs["crowd_predicted"]).sum() == 159
     names = {"training median", "training mean", "own expression", "distance to neighbour 10"}
+    names.add("own expression + means of 10, 64, 256")
     assert set(record["baselines"]) == set(record["differences"]) == names
-    assert len(said) == 2 * 5 and said[-1].startswith("fold 1: head of model: mae ")
+    assert len(said) == 2 * 6 and said[-1].startswith("fold 1: head of model: mae ")
 
 
 def test_mixing_of_a_model_and_of_its_embedding_are_one(tissue, embedded, cohort, model, tmp_path):
