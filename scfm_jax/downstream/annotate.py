@@ -51,6 +51,7 @@ from scfm_jax.downstream.linear import constant_answer, linear_answer
 from scfm_jax.downstream.model import TrainedModel
 from scfm_jax.downstream.neighbourhood import NeighbourhoodConfig, neighbourhood_answer
 from scfm_jax.downstream.question import Question
+from scfm_jax.downstream.records import model_record
 from scfm_jax.errors import InputError
 from scfm_jax.models.functional import count_parameters
 
@@ -261,7 +262,7 @@ def probe_cells(
         return linear_answer(features, question, seed=seed)[0]
 
     found = cross_fit(cells, answer, seed=seed, report=report)
-    record = describe(cells, found, known, **_model_record(model), way=way, seed=seed)
+    record = describe(cells, found, known, **model_record(model), way=way, seed=seed)
     annotate(cells, found, known, record, key)
     return record
 
@@ -318,7 +319,7 @@ def finetune_cells(
         cells,
         found,
         number >= 0,
-        **_model_record(model),
+        **model_record(model),
         way=settings.way,
         seed=seed,
         settings=asdict(settings),
@@ -354,7 +355,3 @@ def _embedded(cohort: Cohort, model: TrainedModel, progress: Progress) -> Float3
     embedded = np.full((len(number), model.width), np.nan, np.float32)
     embedded[there] = embed_cells(model, corpus, number[there], progress=progress)
     return embedded
-
-
-def _model_record(model: TrainedModel) -> dict[str, Any]:
-    return {"model": model.config.name, "model_hash": model.hash, "step": model.step}

@@ -45,6 +45,7 @@ class Cohort:
     folder: Path
     sources: tuple[Source, ...]
     tables: dict[str, Any] = field(default_factory=dict)
+    _seen: dict[str, tuple[Corpus, Int64[np.ndarray, " n"]]] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def log_counts(self) -> sp.csr_array:
@@ -88,6 +89,8 @@ class Cohort:
     def seen_by(self, model: TrainedModel) -> tuple[Corpus, Int64[np.ndarray, " n"]]:
         """The cells in a model's vocabulary, and each cell's number there: -1 if it has no gene of them.
 
+        What was found, or warned of, for a vocabulary is kept.
+
         Raises
         ------
         InputError
@@ -100,6 +103,11 @@ class Cohort:
         """
         if model.vocabulary.hash == self.corpus.vocabulary.hash:
             return self.corpus, np.arange(self.corpus.n_cells)
+        if model.vocabulary.hash not in self._seen:
+            self._seen[model.vocabulary.hash] = self._aligned(model)
+        return self._seen[model.vocabulary.hash]
+
+    def _aligned(self, model: TrainedModel) -> tuple[Corpus, Int64[np.ndarray, " n"]]:
         corpus = _corpus(
             self.folder / f"vocabulary-{model.vocabulary.hash[:12]}",
             self.sources,

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from jaxtyping import Float, Float32, Int64
 
 from scfm_jax.corpus import Corpus
-from scfm_jax.downstream.spatial_labels import Unit, placed_slides, sum_within
+from scfm_jax.downstream.spatial_labels import Unit, sum_around
 from scfm_jax.errors import InputError
 
 
@@ -63,7 +63,7 @@ def composition(
         problem = f"are not {corpus.n_cells} numbers from -1 to {n_classes - 1}"
         raise InputError("codes", problem, "give the type of every cell of the corpus")
     types = _one_hot(codes, n_classes)
-    counts, placed = _sum_around(corpus, types.toarray(), radius, unit)
+    counts, placed = sum_around(corpus, types.toarray(), radius, unit)
     neighbours = counts.sum(1)
     scored = placed & (neighbours >= max(min_neighbours, 1))
     if not scored.any():
@@ -132,7 +132,7 @@ def composition_of_predicted(
     if probabilities.shape[0] != corpus.n_cells:
         problem = f"{probabilities.shape[0]} rows for {corpus.n_cells} cells"
         raise InputError("probabilities", problem, "give one for every cell of the corpus")
-    sums = _sum_around(corpus, probabilities, radius, unit)[0][test]
+    sums = sum_around(corpus, probabilities, radius, unit)[0][test]
     total = sums.sum(1, keepdims=True)
     if not (total > 0).all():  # NaN as well
         problem = f"{int((~(total > 0)).sum())} test cells have none, or missing ones, around them"
@@ -140,16 +140,6 @@ def composition_of_predicted(
             "probabilities", problem, "predict every cell, and test those that `composition` scored"
         )
     return (sums / total).astype(np.float32)
-
-
-def _sum_around(
-    corpus: Corpus, values: Float[np.ndarray, "n c"], radius: float, unit: Unit
-) -> tuple[Float[np.ndarray, "n c"], np.ndarray]:
-    """Sum over the cells within the radius, and which cells have coordinates."""
-    sums, placed = np.zeros(values.shape), np.zeros(corpus.n_cells, bool)
-    for rows, xy in placed_slides(corpus, unit):
-        sums[rows], placed[rows] = sum_within(xy, values[rows], radius), True
-    return sums, placed
 
 
 def _one_hot(codes: Int64[np.ndarray, " n"], n_classes: int) -> sp.csr_array:

@@ -7,7 +7,7 @@ labelled cells.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,16 @@ from scfm_jax.downstream.expression import beside_neighbours, components
 from scfm_jax.downstream.folds import Fold, Folds, FoldsConfig, make_folds
 from scfm_jax.downstream.labels import MISSING, Labels, read_labels
 from scfm_jax.downstream.linear import linear_answer
-from scfm_jax.downstream.metrics import FEW_BLOCKS
 from scfm_jax.downstream.question import Question
-from scfm_jax.downstream.scores import Interval, interval, macro_f1, paired_difference
+from scfm_jax.downstream.records import (
+    check_blocks,
+    check_key,
+    plain,
+    storable,
+    warn_of_few_blocks,
+    warn_of_leaking,
+)
+from scfm_jax.downstream.scores import interval, macro_f1, paired_difference
 from scfm_jax.errors import DataWarning, InputError
 
 SCORES = ("accuracy", "macro_f1", "ece")
@@ -139,8 +146,7 @@ def check_label(adata: anndata.AnnData, config: LabelConfig, key: str, where: st
     if config.split.by == "column" and config.split.column not in adata.obs:
         there = ", ".join(map(str, adata.obs.columns))
         raise InputError(where, f"split.column {config.split.column!r} is no column", f"use one of {there}")
-    if "/" in key or key == config.label:
-        raise InputError(where, f"cannot keep predictions as obs[{key!r}]", "give another key_added")
+    check_key(key, (config.label,), where)
 
 
 def labelled_cells(
@@ -169,9 +175,7 @@ def labelled_cells(
         class_map=config.class_map,
         where=where,
     )
-    if folds.leaking:
-        text = "neighbours of test cells are trained on (split.by random), so all scores are too good"
-        warnings.warn(f"{where}: {text}", DataWarning, stacklevel=3)
+    warn_of_leaking(folds.leaking, where)
     near = cohort.neighbours(max(config.neighbours, config.split.margin))
     return LabelledCells(where, adata, cohort, config, labels, folds, near)
 
@@ -237,8 +241,7 @@ def cross_fit(
         raise InputError(cells.where, f"has no fold {fold}", f"give one from 0 to {len(folds) - 1}")
     # All are asked before one is answered: a fold without cells is found at once.
     questions = [cells.question(each) for each in (folds if fold is None else folds[fold : fold + 1])]
-    if len(np.unique(np.concatenate([cells.folds.block[each.fold.test] for each in questions]))) < 2:
-        raise InputError(cells.where, "all cells to be scored lie in one block", "raise split.blocks")
+    check_blocks(np.concatenate([cells.folds.block[each.fold.test] for each in questions]), cells.where)
     names = tuple(question.fold.name for question in questions)
     probabilities, baseline = np.full((2, len(codes), len(cells.labels.classes)), np.nan, np.float32)
     by, scored, unlabelled = np.full(len(codes), _NONE), np.zeros(len(codes), bool), cells.everyone.test
@@ -287,17 +290,15 @@ def describe(
     rows = np.flatnonzero(found.scored)
     truth, block = cells.labels.codes[rows], cells.folds.block[rows]
     own, base = found.probabilities[rows], found.baseline[rows]
-    if len(np.unique(block)) < FEW_BLOCKS:
-        text = f"{cells.where}: {len(np.unique(block))} blocks are scored, intervals are too narrow"
-        warnings.warn(text, DataWarning, stacklevel=3)
+    warn_of_few_blocks(block, cells.where)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # said once
         scores, of_baseline = (
-            {name: _plain(interval("classes", truth, said, block, name=name)) for name in SCORES}
+            {name: plain(interval("classes", truth, said, block, name=name)) for name in SCORES}
             for said in (own, base)
         )
         differences = {
-            name: _plain(paired_difference("classes", truth, own, base, block, name=name)) for name in SCORES
+            name: plain(paired_difference("classes", truth, own, base, block, name=name)) for name in SCORES
         }
     by_fold = [
         {
@@ -359,19 +360,4 @@ def annotate(
     adata.obs[key] = pd.Categorical.from_codes(code, pd.Index(cells.labels.classes))
     adata.obs[f"{key}_fold"] = pd.Categorical.from_codes(fold, pd.Index(found.names))
     adata.obsm[f"{key}_probabilities"] = probabilities
-    adata.uns[key] = _storable(record)
-
-
-def _plain(found: Interval) -> dict[str, float]:
-    return dict(found._asdict())
-
-
-def _storable(value: Any) -> Any:
-    """Plain data as ``uns`` of a file can hold it: lists of rows become tables, lists of names arrays."""
-    if isinstance(value, Mapping):
-        return {name: _storable(part) for name, part in value.items() if part is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if value and isinstance(value[0], Mapping):
-            return pd.DataFrame(list(value))
-        return np.array(value, dtype=None if value else str)
-    return value
+    adata.uns[key] = storable(record)

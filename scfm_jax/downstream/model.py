@@ -55,14 +55,21 @@ class TrainedModel(Weights):
         Raises
         ------
         InputError
-            `k` is negative, or the model reads no neighbours.
+            `k` is negative, or it is 0 of a sentence with a niche, or above 0 of one without.
         """
         sample = self.config.data.sample
         if k < 0 or (isinstance(sample, RankConfig) and (k > 0) != (sample.niche_neighbours > 0)):
+            mend = "give 0 or more"
+            if isinstance(sample, RankConfig):
+                mend = (
+                    "its sentence has a niche: give 1 or more, and use no way that embeds cells alone "
+                    "(mean and neighbourhood do; in a suite, set attend = true)"
+                    if sample.niche_neighbours
+                    else "its sentence has no niche: give 0, or use a way that embeds cells alone (mean, "
+                    "neighbourhood)"
+                )
             raise InputError(
-                self.config.name,
-                f"cannot read {k} neighbours, it was made for {self.neighbours}",
-                "leave their number out",
+                self.config.name, f"cannot read {k} neighbours, it was made for {self.neighbours}", mend
             )
         changed = (
             replace(sample, niche_neighbours=k)

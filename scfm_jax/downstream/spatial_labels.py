@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from scipy.spatial import cKDTree
 
 from scfm_jax.corpus import Corpus
@@ -46,6 +46,16 @@ def placed_slides(corpus: Corpus, unit: Unit = "um") -> Iterator[tuple[slice, Fl
         cells = np.arange(rows.start, rows.stop)
         xy = np.stack([corpus.column(axis, cells) for axis in ("x", "y")], axis=1).astype(np.float64)
         yield rows, xy * (slide.um_per_unit if unit == "um" and slide.um_per_unit is not None else 1.0)
+
+
+def sum_around(
+    corpus: Corpus, values: Float[np.ndarray, "n c"], radius: float, unit: Unit = "um"
+) -> tuple[Float64[np.ndarray, "n c"], Bool[np.ndarray, " n"]]:
+    """`sum_within` each slide of a corpus, 0 for cells without coordinates; and which cells have some."""
+    sums, placed = np.zeros(values.shape), np.zeros(corpus.n_cells, bool)
+    for rows, xy in placed_slides(corpus, unit):
+        sums[rows], placed[rows] = sum_within(xy, values[rows], radius), True
+    return sums, placed
 
 
 def sum_within(

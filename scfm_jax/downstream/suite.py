@@ -15,18 +15,15 @@ from typing import Any
 import numpy as np
 
 from scfm_jax.downstream.cost import Meter
-from scfm_jax.downstream.scores import PRIMARY, score
 from scfm_jax.downstream.suite_answers import Method
 from scfm_jax.downstream.suite_config import Suite, read_suite
 from scfm_jax.downstream.suite_methods import methods_of
 from scfm_jax.downstream.suite_models import Models
 from scfm_jax.downstream.suite_report import write_suite_report
-from scfm_jax.downstream.suite_tasks import FoldData, Task, make_task
+from scfm_jax.downstream.suite_tasks import MAIN_SCORES, FoldData, Task, make_task
 from scfm_jax.errors import InputError
 
 RESULTS, TASKS, COPY = "results.jsonl", "tasks.json", "suite.toml"
-# What a line of progress says.
-MAIN_SCORES = {"mixing": "overall", **{str(kind): name for kind, name in PRIMARY.items()}}
 
 
 def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda line: None) -> Path:
@@ -87,8 +84,7 @@ def _named(suite: Suite, task: str) -> Iterator[None]:
     except InputError as error:
         if error.where.startswith(str(suite.path)):
             raise
-        where = f"{suite.path} [tasks.{task}], {error.where}"
-        raise InputError(where, error.problem, error.mend) from error
+        raise InputError(f"{suite.where(task)}, {error.where}", error.problem, error.mend) from error
 
 
 def _ask(out: Path, data: FoldData, method: Method, models: Models, key: str) -> dict[str, Any]:
@@ -98,12 +94,9 @@ def _ask(out: Path, data: FoldData, method: Method, models: Models, key: str) ->
     with Meter() as meter:
         answer = method.answer(data)
     cost = before.then(meter.cost)
-    cells = data.fold.test if answer.cells is None else answer.cells
-    scores, file, history = answer.scores, None, None
-    if answer.predicted is not None:
-        truth = data.question.truth if answer.truth is None else answer.truth
-        if scores is None:
-            scores = score(data.question.kind, truth, answer.predicted, task.classes or None)
+    cells, truth, scores = answer.judged(data)
+    file, history = None, None
+    if answer.predicted is not None and truth is not None:
         file = f"predictions/{key}.npz"
         block = task.folds.block[cells]
         np.savez_compressed(out / file, cells=cells, block=block, truth=truth, predicted=answer.predicted)

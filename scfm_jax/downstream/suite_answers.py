@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, Num
 
 from scfm_jax.downstream.cost import Cost
+from scfm_jax.downstream.metrics import CellSums
+from scfm_jax.downstream.scores import score
 from scfm_jax.downstream.suite_tasks import FoldData
 
 Group = Literal["baseline", "model", "control"]
@@ -27,6 +29,8 @@ class Answer:
         Of ``imputation``: the test cells that were drawn, and their numbers of masked genes.
     scores
         Of ``mixing`` and ``imputation``; other predictions are scored by whoever asked.
+    sums
+        Of ``imputation``: squared errors of each cell by part (`metrics.squared_error`).
     stored_bytes
         Of what it learnt, where it keeps anything that is worth counting.
     history
@@ -37,8 +41,23 @@ class Answer:
     cells: Int64[np.ndarray, " m"] | None = None
     truth: Float32[np.ndarray, " m"] | None = None
     scores: Mapping[str, float] | None = None
+    sums: Mapping[str, CellSums] = field(default_factory=dict)
     stored_bytes: int | None = None
     history: tuple[dict[str, float], ...] = ()
+
+    def judged(
+        self, data: FoldData
+    ) -> tuple[Int64[np.ndarray, " m"], Num[np.ndarray, "m ..."] | None, Mapping[str, float]]:
+        """The cells that it is of, what is true of them, and its scores."""
+        cells = data.fold.test if self.cells is None else self.cells
+        if self.predicted is None:
+            assert self.scores is not None
+            return cells, None, self.scores
+        truth = data.question.truth if self.truth is None else self.truth
+        if self.scores is not None:
+            return cells, truth, self.scores
+        classes = data.task.classes or None
+        return cells, truth, score(data.question.kind, truth, self.predicted, classes)
 
 
 def _nothing(data: FoldData) -> Cost:

@@ -250,6 +250,10 @@ class Suite:
         """A path of the suite."""
         return self.path.parent / os.path.expandvars(path)
 
+    def where(self, task: str) -> str:
+        """What messages call a task."""
+        return f"{self.path} [tasks.{task}]"
+
     def first_model(self, task: str) -> str:
         """The first of the models that are for a task.
 
@@ -261,7 +265,7 @@ class Suite:
         for name, model in self.models.items():
             if not model.tasks or task in model.tasks:
                 return name
-        raise InputError(f"{self.path} [tasks.{task}]", "no model is for it", "add a model")
+        raise InputError(self.where(task), "no model is for it", "add a model")
 
 
 def read_suite(path: str | Path) -> Suite:

@@ -69,7 +69,8 @@ class _Masked:
         scores["gene_spearman"] = metrics.gene_spearman(self.test.values, predicted, self.test.mask).mean
         scores["skill"] = metrics.skill(errors, self.mean)["all"]
         total, masked = (part.astype(np.float32) for part in errors["all"])
-        return Answer(total, self.cells, masked, {"squared_error": errors["all"].mean, **scores})
+        scores = {"squared_error": errors["all"].mean, **scores}
+        return Answer(total, self.cells, masked, scores, errors)
 
 
 def imputation_baselines(models: Models, model: str) -> Iterator[Method]:
@@ -118,6 +119,11 @@ def imputation_answer(models: Models, data: FoldData, first: str, asked: Trained
     model = asked.with_neighbours(k)
     predicted, _, _ = predict_masked(model, masked.corpus, test.cells, test.panel, seed=_SEED_OF_TEST)
     return masked.answer(predicted)
+
+
+def release() -> None:
+    """Forget the cells that were masked last: they are dense, and large."""
+    _masked.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)

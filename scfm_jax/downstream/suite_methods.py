@@ -93,7 +93,8 @@ class _Way:
             raise InputError(
                 f"task {data.task.name}",
                 f"{self.model} reads the coordinates of its {self.k} neighbours, which are the answer",
-                "ask it with neighbours = [0] or without attend, or use a model of ranks",
+                "ask it with 0 neighbours, or embed cells alone (a suite's attend = false, a function's "
+                "way 'mean'), or use a model of ranks",
             )
 
     def alone(self, data: FoldData) -> tuple[Float32[np.ndarray, "n d"], Cost]:

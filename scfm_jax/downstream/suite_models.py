@@ -29,6 +29,7 @@ from scfm_jax.training.task import model_builder
 from scfm_jax.training.train import train
 
 Report = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
 class Models:
@@ -40,10 +41,14 @@ class Models:
         The suite and its results.
     report
         Told what takes long.
+    progress
+        Called with the number of cells embedded and in all.
     """
 
-    def __init__(self, suite: Suite, out: Path, report: Report) -> None:
-        self._suite, self._out, self._report = suite, out, report
+    def __init__(
+        self, suite: Suite, out: Path, report: Report, progress: Progress = lambda done, total: None
+    ) -> None:
+        self._suite, self._out, self._report, self._progress = suite, out, report, progress
         self._opened = functools.lru_cache(maxsize=4)(self._open)
         self._transductive: dict[tuple[str, int, str], bool] = {}
 
@@ -88,8 +93,9 @@ class Models:
             there = np.flatnonzero(number >= 0)
             embedded = np.full((task.cohort.corpus.n_cells, model.width), np.nan, np.float32)
             with Meter() as meter:
+                config = EmbeddingConfig(pooling=pooling)
                 embedded[there] = embed_cells(
-                    model, corpus, number[there], config=EmbeddingConfig(pooling=pooling)
+                    model, corpus, number[there], config=config, progress=self._progress
                 )
             file.parent.mkdir(exist_ok=True)
             partial = file.with_suffix(".partial.npz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from scfm_jax.downstream.folds import Fold, Folds, all_cells, make_folds
 from scfm_jax.downstream.labels import Labels, read_labels
 from scfm_jax.downstream.question import Question
 from scfm_jax.downstream.scores import PRIMARY
+from scfm_jax.downstream.spatial_labels import sum_around
 from scfm_jax.downstream.suite_config import Suite, TaskConfig
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 
 # How each kind of task is scored (`suite_results.KINDS`).
 _SCORED_AS = {
@@ -36,6 +38,8 @@ _SCORED_AS = {
     "mixing": "mixing",
     "imputation": "imputation",
 }
+# What a line of progress says.
+MAIN_SCORES = {"mixing": "overall", **{str(kind): name for kind, name in PRIMARY.items()}}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +89,7 @@ class Task:
         """
         for number, fold in enumerate(self.folds.folds):
             if not self.config.folds or number in self.config.folds:
-                asked = fold if self.target is None else fold.labelled(self._codes)
+                asked = fold if self.target is None else fold.labelled(self.codes)
                 yield FoldData(self, number, asked)
 
     @functools.cached_property
@@ -94,8 +98,11 @@ class Task:
         return self.cohort.neighbours(STORED_NEIGHBOURS)
 
     @functools.cached_property
-    def _codes(self) -> Int64[np.ndarray, " n"]:
-        """Classes as they are; of other targets every cell's own number stands for a value that is there."""
+    def codes(self) -> Int64[np.ndarray, " n"]:
+        """Classes as they are; of other targets every cell's own number stands for a value that is there.
+
+        Negative where the target is missing.
+        """
         assert self.target is not None
         if self.target.dtype.kind == "i":
             return self.target
@@ -139,14 +146,30 @@ class FoldData:
 def make_task(suite: Suite, name: str, folder: Path) -> Task:
     """Open a task's files and read its target; corpora go to `folder`.
 
+    Raises, Warns
+    -------------
+    InputError, DataWarning
+        As `task_of`, and as what reads the files says.
+    """
+    files = suite.tasks[name].files
+    sources = [suite.files[file] for file in files]
+    return task_of(suite, name, open_cohort(folder / "-".join(files), sources, **read_tables(suite)))
+
+
+def task_of(suite: Suite, name: str, cohort: Cohort) -> Task:
+    """A task of a suite on the cells of its files.
+
     Raises
     ------
     InputError
         Bad input, as what reads it says.
+
+    Warns
+    -----
+    DataWarning
+        Of a radius: discs of test cells that hold training cells.
     """
     config = suite.tasks[name]
-    sources = [suite.files[file] for file in config.files]
-    cohort = open_cohort(folder / "-".join(config.files), sources, **read_tables(suite))
     if config.kind == "mixing":
         folds = all_cells(cohort.corpus, config.split.blocks)
     else:
@@ -170,10 +193,12 @@ def make_task(suite: Suite, name: str, folder: Path) -> Task:
         return Task(name, config, cohort, kind, None, (), folds, facts)
     if config.kind == "density":
         if config.unit != "um":
-            raise InputError(f"{suite.path} [tasks.{name}]", "density is per um^2, unit is file", "use um")
+            raise InputError(suite.where(name), "density is per um^2, unit is file", "use um")
         value, report = local_density(cohort.corpus, config.radius)
         facts |= {"unit": UNIT, "target": report}
-        return Task(name, config, cohort, kind, value, (), folds, facts)
+        task = Task(name, config, cohort, kind, value, (), folds, facts)
+        report["shared_discs"] = _shared_discs(task, suite.where(name))
+        return task
     labels = _labels(suite, name, cohort, folds)
     codes, classes = labels.codes, tuple(labels.classes)
     facts |= {"classes": labels.classes, "left_out": labels.left_out, "missing": labels.missing}
@@ -186,7 +211,9 @@ def make_task(suite: Suite, name: str, folder: Path) -> Task:
     shares, report = composition(cohort.corpus, codes, len(classes), config.radius, unit=config.unit)
     facts |= {"unit": f"shares within {config.radius:g} {'µm' if config.unit == 'um' else 'units'}"}
     facts |= {"target": report}
-    return Task(name, config, cohort, kind, shares, classes, folds, facts, types=codes)
+    task = Task(name, config, cohort, kind, shares, classes, folds, facts, types=codes)
+    report["shared_discs"] = _shared_discs(task, suite.where(name))
+    return task
 
 
 def read_tables(suite: Suite) -> dict[str, Any]:
@@ -218,6 +245,24 @@ def _check_folds(suite: Suite, name: str, number: int) -> None:
                 f"task {name!r} has no fold {unknown[0]}",
                 f"use 0 to {number - 1}",
             )
+
+
+def _shared_discs(task: Task, where: str) -> float:
+    """Share of the test cells within the task's radius of a training cell: their targets count it too."""
+    config, folds = task.config, [data.fold for data in task.in_folds()]
+    learnt = np.zeros((task.cohort.corpus.n_cells, len(folds)))
+    for column, fold in enumerate(folds):
+        learnt[fold.train, column] = 1
+    around, _ = sum_around(task.cohort.corpus, learnt, config.radius, config.unit)
+    shared = np.concatenate([around[fold.test, column] > 0 for column, fold in enumerate(folds)])
+    if shared.any():
+        text = (
+            f"{where}: the discs of {shared.sum()} of {len(shared)} test cells ({shared.mean():.1%}) hold "
+            f"training cells: radius {config.radius:g} reaches over the split's margin of "
+            f"{config.split.margin} neighbours; raise split.margin, or lower radius"
+        )
+        warnings.warn(text, DataWarning, stacklevel=4)
+    return float(shared.mean())
 
 
 def _batches(corpus: Corpus, batch: str) -> Int64[np.ndarray, " n"]:
@@ -264,7 +309,7 @@ def _labels(suite: Suite, name: str, cohort: Cohort, folds: Folds) -> Labels:
         min_cells=config.min_cells,
         min_blocks=config.min_blocks,
         block=folds.block,
-        where=f"{suite.path} [tasks.{name}]",
+        where=suite.where(name),
     )
     left_out.update(limited.left_out)
     missing = sum(part.missing for _, part in parts)

@@ -230,7 +230,8 @@ def test_nicheformer_with_another_niche(ranks: RunConfig, tissue: Tissue, tmp_pa
     np.testing.assert_array_equal(
         open_finetuned(tmp_path / "tuned").predict(tissue.corpus, tissue.test), said
     )
-    with pytest.raises(InputError, match="cannot read 0 neighbours, it was made for 3"):
+    told = "cannot read 0 neighbours, it was made for 3; its sentence has a niche: give 1 or more"
+    with pytest.raises(InputError, match=told):
         tissue.finetune(open_model(run), replace(config, neighbours=0))
 
 
