@@ -1,4 +1,4 @@
-"""A small grid of learning rates at three sizes, by which the study's runs get theirs (tools/fit_rates.py)."""
+"""A small grid of learning rates at three sizes, from which the study has its rule (tools/fit_rates.py)."""
 
 from dataclasses import replace
 

@@ -1,9 +1,9 @@
 """What size, cells and neighbours are worth on four spatial files: the study of docs/scaling.md.
 
 Stage 1 learns from cells alone: five sizes by three amounts of data, four epochs each. Stage 2 goes on from
-three seeds of two sizes at 16,000 cells, half an epoch with k neighbours, k = 0 too: the same centres under the
-same masks. Two controls at k = 16: neighbours exchanged for others of their slide and cell type, and the nearest
-ring of six left out, into which transcripts spill over the border of a cell.
+three seeds of two sizes at 16,000 cells, half an epoch with k neighbours, k = 0 too: the same centres under
+the same masks. Two controls at k = 16: neighbours exchanged for others of their slide and cell type, and the
+nearest ring of six left out, into which transcripts spill over the border of a cell.
 """
 
 from dataclasses import replace
