@@ -25,7 +25,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 
 # Of tools/fit_rates.py on the sweep tissue_rates.
-RULE = TransferRule(rate=4e-3, size=40_049, batch=BATCH, size_exponent=0.0)
+RULE = TransferRule(rate=9.4e-3, size=40_049, batch=BATCH, size_exponent=0.074)
 
 
 def sweep() -> Sweep:
