@@ -42,6 +42,9 @@ class NeighbourhoodConfig:
         AdamW, the rate in one cycle; the number of epochs is fixed, nothing is chosen on the way.
     label_smoothing, balanced
         Of classes, as in `FinetuneConfig`.
+    members
+        Heads that differ in first weights, order and dropout, and whose answers are averaged
+        (Lakshminarayanan et al. 2017).
     """
 
     neighbours: int = 16
@@ -53,10 +56,11 @@ class NeighbourhoodConfig:
     weight_decay: float = 1e-2
     label_smoothing: float = 0.1
     balanced: bool = False
+    members: int = 1
 
     def __post_init__(self) -> None:
         check_least(self, 0, "neighbours", "dropout", "weight_decay", "label_smoothing")
-        check_least(self, 1, "width", "epochs", "batch_size")
+        check_least(self, 1, "width", "epochs", "batch_size", "members")
         for name in ("dropout", "label_smoothing"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not below 1")
@@ -80,7 +84,7 @@ def neighbourhood_answer(
 
     Returns
     -------
-    The answers, the loss of every epoch, and the number of weights.
+    The answers, the loss of every epoch (the members' mean), and the number of weights of all members.
 
     Raises
     ------
@@ -105,6 +109,33 @@ def neighbourhood_answer(
         balanced=config.balanced,
     )
 
+    rows, answers, losses, n_weights = train.astype(np.int32), [], [], 0
+    for member in range(seed * config.members, (seed + 1) * config.members):
+        head, of_epochs = _trained(x, near, rows, goals, weights, config, question.kind, member)
+        said = np.asarray(_apply(head, x, near, jnp.asarray(test, jnp.int32)))
+        if question.kind == "value":
+            answers.append(said[:, 0] * scale + middle)
+        else:
+            answers.append(np.asarray(jax.nn.softmax(said, axis=1)))
+        losses.append(of_epochs)
+        n_weights += count_parameters(head)
+    history = [
+        {"epoch": number, "train_loss": loss} for number, loss in enumerate(np.mean(losses, 0).tolist(), 1)
+    ]
+    return np.mean(answers, axis=0).astype(np.float32), history, n_weights
+
+
+def _trained(
+    x: Float[Array, "n d"],
+    near: Int[Array, "n k"],
+    train: Int[np.ndarray, " t"],
+    goals: Float[np.ndarray, "t o"],
+    weights: Float[np.ndarray, " t"],
+    config: NeighbourhoodConfig,
+    kind: Kind,
+    seed: int,
+) -> tuple[Parameters, list[float]]:
+    """One head, and its loss in every epoch."""
     size = min(config.batch_size, len(train))
     steps = len(train) // size
     rates = np.asarray(
@@ -112,27 +143,19 @@ def neighbourhood_answer(
             jnp.arange(config.epochs * steps)
         )
     )
-    begin, step = _programs(config, question.kind)
+    begin, step = _programs(config, kind)
     key = jax.random.key(seed)
-    head = init_neighbourhood(features.shape[1], config.width, outputs, key)
-    state, history = begin(head), []
+    state, losses = begin(init_neighbourhood(x.shape[1], config.width, goals.shape[1], key)), []
     for number in range(config.epochs):
         order, values = np.random.default_rng([seed, number]).permutation(len(train)), []
         for at in range(steps):
             rows, done = order[at * size : (at + 1) * size], number * steps + at
-            state, value = step(
-                state, x, near, train[rows].astype(np.int32), goals[rows], weights[rows], rates[done], key
-            )
+            state, value = step(state, x, near, train[rows], goals[rows], weights[rows], rates[done], key)
             values.append(value)
-        history.append({"epoch": number + 1, "train_loss": float(np.mean(jax.device_get(values)))})
-    if not np.isfinite(history[-1]["train_loss"]):
+        losses.append(float(np.mean(jax.device_get(values))))
+    if not np.isfinite(losses[-1]):
         raise InputError("peak_rate", "the loss is not finite", "lower it")
-    said = np.asarray(_apply(state["head"], x, near, jnp.asarray(test, jnp.int32)))
-    if question.kind == "value":
-        answer = (said[:, 0] * scale + middle).astype(np.float32)
-    else:
-        answer = np.asarray(jax.nn.softmax(said, axis=1))
-    return answer, history, count_parameters(state["head"])
+    return state["head"], losses
 
 
 @functools.lru_cache(maxsize=64)

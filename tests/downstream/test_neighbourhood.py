@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,18 @@ def test_values_compositions_seeds_and_no_neighbours(spread):
     asked = question("classes", (features[:, 0] > 0).astype(int), block, near=near[:, :0], n_classes=2)
     said, *_ = neighbourhood_answer(features, asked, alone)
     assert score("classes", asked.truth, said)["accuracy"] > 0.8
+
+
+def test_members_are_averaged(spread):
+    features, codes, block, near = spread
+    asked = question("classes", codes, block, near=near, n_classes=2)
+    few = replace(CONFIG, epochs=2)
+    said, history, weights = neighbourhood_answer(features, asked, replace(few, members=2), seed=3)
+    each = [neighbourhood_answer(features, asked, few, seed=seed) for seed in (6, 7)]
+    np.testing.assert_allclose(said, np.mean([answer for answer, _, _ in each], axis=0), rtol=1e-6)
+    losses = np.mean([[row["train_loss"] for row in of_one] for _, of_one, _ in each], axis=0)
+    assert [row["train_loss"] for row in history] == pytest.approx(losses, rel=1e-9)
+    assert weights == 2 * each[0][2]
 
 
 def test_bad_input_says_what_to_mend(spread):
