@@ -161,7 +161,9 @@ def finetune(
         _say_keys(annotate, key)
 
 
-def evaluate(suite: Positional[Path], out: Positional[Path], /, json: bool = False) -> None:
+def evaluate(
+    suite: Positional[Path], out: Positional[Path], /, tasks: tuple[str, ...] = (), json: bool = False
+) -> None:
     """Compare models with baselines on the tasks of a suite, and write a report; goes on where it stopped.
 
     Parameters
@@ -170,6 +172,8 @@ def evaluate(suite: Positional[Path], out: Positional[Path], /, json: bool = Fal
         A TOML file of files, tasks, models and methods.
     out
         The folder of results and report.html; a new one, or that of an earlier call.
+    tasks
+        Some of the suite's tasks; all if not given. Processes with different ones may share the folder.
     json
         Print the rows of results.jsonl as JSON.
     """
@@ -183,7 +187,7 @@ def evaluate(suite: Positional[Path], out: Positional[Path], /, json: bool = Fal
         raise InputError(out, "exists already and holds no results of a suite", "name another folder")
     cache_compilations()
     with Bar("evaluating", quiet=json) as bar:
-        page = run_suite(suite, out, report=bar.say)
+        page = run_suite(suite, out, tasks=tasks, report=bar.say)
     if json:
         print_json([json_lines.loads(line) for line in (out / RESULTS).read_text().splitlines()])
         return

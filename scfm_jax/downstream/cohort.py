@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int64
 
 from scfm_jax.corpus import Corpus, Source, build_corpus
 from scfm_jax.downstream.model import TrainedModel
+from scfm_jax.downstream.outputs import locked
 from scfm_jax.errors import DataWarning, InputError
 from scfm_jax.genes import Vocabulary
 
@@ -154,7 +155,8 @@ def _corpus(
     path: Path, sources: Sequence[Source], vocabulary: Vocabulary | None, tables: dict[str, Any]
 ) -> Corpus:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
+    # Two processes of a suite may come to the same cohort.
+    with locked(path.parent / ".lock"), warnings.catch_warnings():
         # Neighbour 256 may well be far away; lost genes are spoken of by the model's own check.
         warnings.simplefilter("ignore", DataWarning)
         build_corpus(path, sources, vocabulary=vocabulary, n_neighbours=STORED_NEIGHBOURS, **tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,14 @@ def check_new(out: Path) -> None:
         raise InputError(out, "exists already", "name another output or remove it")
     if not out.parent.is_dir():
         raise InputError(out, "its folder does not exist", "make it first")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep out other processes that lock the same file, which is made; they wait."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from scfm_jax.downstream.cost import Meter
+from scfm_jax.downstream.outputs import locked
 from scfm_jax.downstream.suite_answers import Method
 from scfm_jax.downstream.suite_config import Suite, read_suite
 from scfm_jax.downstream.suite_methods import methods_of
@@ -23,10 +24,16 @@ from scfm_jax.downstream.suite_report import write_suite_report
 from scfm_jax.downstream.suite_tasks import MAIN_SCORES, FoldData, Task, make_task
 from scfm_jax.errors import InputError
 
-RESULTS, TASKS, COPY = "results.jsonl", "tasks.json", "suite.toml"
+RESULTS, TASKS, COPY, LOCK = "results.jsonl", "tasks.json", "suite.toml", ".lock"
 
 
-def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda line: None) -> Path:
+def run_suite(
+    path: Path,
+    out: Path,
+    *,
+    tasks: Sequence[str] = (),
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Run a suite into a folder, or go on where an earlier run stopped.
 
     A row stands in ``results.jsonl`` as soon as a method has answered in a fold, and is not asked for again
@@ -39,6 +46,9 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
     out
         The folder of results: ``results.jsonl``, ``tasks.json``, ``predictions/``, ``tissue/``, and what can
         be made again: ``corpora/``, ``embeddings/``.
+    tasks
+        Some of the suite's, by name; empty: all. Several processes may run different tasks into one folder at
+        once; what the others have done stays, and stands in the report of the one that ends last.
     report
         Told of every row, and of what takes long.
 
@@ -55,25 +65,26 @@ def run_suite(path: Path, out: Path, *, report: Callable[[str], None] = lambda l
     for folder in ("predictions", "tissue", "history", "corpora"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, out / COPY)
-    models, facts, wanted = Models(suite, out, report), [], set()
+    for name in tasks:
+        if name not in suite.tasks:
+            raise InputError(path, f"has no task {name!r}", f"name some of {', '.join(suite.tasks)}")
+    models, wanted = Models(suite, out, report), set()
     done = _read_rows(out)
-    for name in suite.tasks:
+    for name in tasks or suite.tasks:
         with _named(suite, name):
             task = make_task(suite, name, out / "corpora")
-            facts.append(task.facts)
             _write_tissue(out, task)
-            (out / TASKS).write_text(json.dumps(facts, indent=2) + "\n")
             for data in task.in_folds():
                 for method in methods_of(suite, task, data.number, models):
                     key = _key(suite, data, method)
                     wanted.add(key)
                     if key not in done:
-                        done[key] = _ask(out, data, method, models, key)
-                        _write_rows(out, done)
-                        report(_said(data, method, done[key]))
-    # Rows of an older suite would stand in the tables beside those that this one asked for.
-    _write_rows(out, {key: row for key, row in done.items() if key in wanted})
-    return write_suite_report(out)
+                        row = _ask(out, data, method, models, key)
+                        _keep(out, suite, task, {key: row})
+                        report(_said(data, method, row))
+            _keep(out, suite, task, {}, only=wanted)
+    with locked(out / LOCK):
+        return write_suite_report(out)
 
 
 @contextmanager
@@ -169,17 +180,40 @@ def _read_rows(out: Path) -> dict[str, dict[str, Any]]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         try:
             row = json.loads(line)
-            if row["predictions"] is None or (out / row["predictions"]).exists():
+            if row["task"] and (row["predictions"] is None or (out / row["predictions"]).exists()):
                 rows[row["key"]] = row
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}:{number}", "is no row of a suite", "remove the line") from None
     return rows
 
 
-def _write_rows(out: Path, rows: dict[str, dict[str, Any]]) -> None:
-    partial = out / f"{RESULTS}.partial"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    partial.replace(out / RESULTS)
+def _keep(
+    out: Path, suite: Suite, task: Task, new: dict[str, dict[str, Any]], only: Container[str] | None = None
+) -> None:
+    """Add rows of a task to those on disk, and the task to the tasks; other processes may do so too.
+
+    Rows of an older suite would stand in the tables beside those that this one asks for: of the task, those
+    go that `only` does not hold, and all of tasks that the suite does not have.
+    """
+    with locked(out / LOCK):
+        rows = {
+            key: row
+            for key, row in (_read_rows(out) | new).items()
+            if row["task"] in suite.tasks and (only is None or row["task"] != task.name or key in only)
+        }
+        path = out / TASKS
+        try:
+            facts = {of["name"]: of for of in (json.loads(path.read_text()) if path.exists() else [])}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(path, "holds no tasks of a suite", "remove it") from None
+        facts[task.name] = task.facts
+        for file, text in (
+            (RESULTS, "".join(json.dumps(row) + "\n" for row in rows.values())),
+            (TASKS, json.dumps([facts[name] for name in suite.tasks if name in facts], indent=2) + "\n"),
+        ):
+            partial = out / f"{file}.partial"
+            partial.write_text(text)
+            partial.replace(out / file)
 
 
 def _write_tissue(out: Path, task: Task) -> None:

@@ -18,6 +18,7 @@ from scfm_jax.downstream.cohort import open_cohort
 from scfm_jax.downstream.cost import Cost, Meter
 from scfm_jax.downstream.embed import EmbeddingConfig, embed_cells
 from scfm_jax.downstream.model import TrainedModel, open_model
+from scfm_jax.downstream.outputs import locked
 from scfm_jax.downstream.suite_config import UNTRAINED, Suite
 from scfm_jax.downstream.suite_tasks import Task, read_tables
 from scfm_jax.errors import InputError
@@ -133,7 +134,9 @@ class Models:
     def _open(self, name: str, fold: int) -> TrainedModel:
         config, folder = self._suite.models[name], self._folder(name, fold)
         if config.pretraining:
-            self._pretrain(name, fold, folder)
+            # Of two processes that want a run, one trains it, and the other finds it done.
+            with locked(self._out / "corpora" / f".{name}-{fold}.lock"):
+                self._pretrain(name, fold, folder)
         return open_model(folder, checkpoint=config.checkpoint)
 
     def _pretrain(self, name: str, fold: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,29 @@ def test_a_suite_that_was_killed_asks_nothing_twice(write, tmp_path, monkeypatch
     assert count.run(path, out) == ["domain slide1 majority, None, 0"]
     (out / "results.jsonl").open("a").write("half a row")
     with pytest.raises(InputError, match=r"results.jsonl:9: is no row of a suite"):
+        run_suite(path, out)
+
+
+def test_processes_with_different_tasks_share_a_folder(write, tmp_path):
+    types = DOMAIN.replace("tasks.domain", "tasks.types").replace('["domain"]', '["cell_type"]')
+    path, out, alone = write(DOMAIN + types), tmp_path / "out", tmp_path / "alone"
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(run_suite, path, out, tasks=(name,)) for name in ("types", "domain")]:
+            assert done.result() == out / "report.html"
+    run_suite(path, alone)
+    scores = [
+        {(row["task"], row["method"], row["fold"]): row["scores"] for row in rows_of(folder)}
+        for folder in (out, alone)
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 12
+    # In the order of the suite, whoever came first.
+    assert [task.name for task in read_results(out)] == ["domain", "types"]
+    with pytest.raises(InputError, match="has no task 'place'; name some of domain, types"):
+        run_suite(path, out, tasks=("place",))
+    run_suite(write(DOMAIN), out)
+    assert {row["task"] for row in rows_of(out)} == {"domain"}
+    (out / "tasks.json").write_text("{")
+    with pytest.raises(InputError, match=r"tasks.json: holds no tasks of a suite; remove it"):
         run_suite(path, out)
 
 
