@@ -25,7 +25,9 @@ CONTROLS: dict[str, dict[str, Any]] = {
 }
 
 # Of tools/fit_rates.py on the sweep tissue_rates.
-RULE = TransferRule(rate=9.4e-3, size=40_049, batch=BATCH, size_exponent=0.074)
+RULE = TransferRule(
+    rate=9.4e-3, size=40_049, batch=BATCH, size_exponent=0.074, initial_share=0.05, final_share=0.005
+)
 
 
 def sweep() -> Sweep:
