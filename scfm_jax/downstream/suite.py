@@ -62,12 +62,12 @@ def run_suite(
         Bad input; rows that were done stay.
     """
     suite = read_suite(path)
-    for folder in ("predictions", "tissue", "history", "corpora"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, out / COPY)
     for name in tasks:
         if name not in suite.tasks:
             raise InputError(path, f"has no task {name!r}", f"name some of {', '.join(suite.tasks)}")
+    for folder in ("predictions", "tissue", "history", "corpora"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, out / COPY)
     models, wanted = Models(suite, out, report), set()
     done = _read_rows(out)
     for name in tasks or suite.tasks:

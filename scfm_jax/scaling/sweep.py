@@ -115,17 +115,15 @@ class Sweep:
         return runs
 
 
-def load_sweep(path: Path, *, corpus: str = "", flags: Sequence[str] = ()) -> Sweep:
+def load_sweep(path: Path, *, flags: Sequence[str] = ()) -> Sweep:
     """The sweep of a recipe.
 
     Parameters
     ----------
     path
         A Python file with a function ``sweep() -> Sweep``.
-    corpus
-        Of all runs, in place of what the recipe says.
     flags
-        Dotted, for every run, as of ``scfm train``.
+        Dotted, for every run, as of ``scfm train``: ``--corpus PATH``.
 
     Raises
     ------
@@ -137,9 +135,8 @@ def load_sweep(path: Path, *, corpus: str = "", flags: Sequence[str] = ()) -> Sw
         sweep = from_python(path, "sweep", Sweep)
     except InputError as error:
         raise error if error.where == str(path) else _in_file(path, error) from error
-    given = (["--corpus", corpus] if corpus else []) + list(flags)
     runs = tuple(
-        replace(run, config=override(run.config, given, f"{path}, run {run.name}")) for run in sweep.runs
+        replace(run, config=override(run.config, flags, f"{path}, run {run.name}")) for run in sweep.runs
     )
     for run in runs:
         if not run.config.corpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -88,7 +87,8 @@ class _TrainingCells:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
-        self._split = functools.lru_cache(maxsize=None)(self._find_split)
+        self._split = functools.cache(self._find_split)
+        self._cells: dict[str, CellBlocks] = {}
         self._loads: dict[str, Load] = {}
         self._unique: dict[str, int] = {}
 
@@ -97,7 +97,10 @@ class _TrainingCells:
 
     def of(self, config: RunConfig) -> CellBlocks:
         """The centres that a run trains on."""
-        return select_cells(self.corpus, self._split(config.split), config)[0]
+        key = repr((config.split, config.technologies))
+        if key not in self._cells:
+            self._cells[key] = select_cells(self.corpus, self._split(config.split), config)[0]
+        return self._cells[key]
 
     def unique(self, *configs: RunConfig) -> int:
         """How many different cells a run reads, and those before it."""
@@ -188,16 +191,14 @@ def _shape(config: RunConfig) -> str:
 
 def _shared_lengths(sweep: Sweep, cells: _TrainingCells) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Static lengths for each shape of batch: those that suit the run with most training cells."""
-    largest: dict[str, tuple[int, Any]] = {}
+    by_shape: dict[str, list[RunConfig]] = {}
     for run in sweep.runs:
-        config = run.config
-        of = cells.of(config)
-        if len(of) > largest.get(_shape(config), (0, None))[0]:
-            largest[_shape(config)] = len(of), (config, of)
+        by_shape.setdefault(_shape(run.config), []).append(run.config)
     lengths = {}
-    for shape, (_, (config, of)) in largest.items():
+    for shape, configs in by_shape.items():
+        config = max(configs, key=lambda config: len(cells.of(config)))
         loader = Loader(
-            cells.corpus, of, config.data, seed=config.seed, rates=config.objective.rates, host=(0, 1)
+            cells.corpus, cells.of(config), config.data, seed=config.seed, rates=config.objective.rates
         )
         lengths[shape] = tuple(ladder.rungs for ladder in loader.ladders)
     return lengths

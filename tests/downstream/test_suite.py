@@ -219,7 +219,8 @@ def test_processes_with_different_tasks_share_a_folder(write, tmp_path):
     # In the order of the suite, whoever came first.
     assert [task.name for task in read_results(out)] == ["domain", "types"]
     with pytest.raises(InputError, match="has no task 'place'; name some of domain, types"):
-        run_suite(path, out, tasks=("place",))
+        run_suite(path, tmp_path / "new", tasks=("place",))
+    assert not (tmp_path / "new").exists()
     run_suite(write(DOMAIN), out)
     assert {row["task"] for row in rows_of(out)} == {"domain"}
     (out / "tasks.json").write_text("{")
