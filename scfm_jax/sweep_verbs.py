@@ -1,9 +1,10 @@
-"""The verb ``scfm scaling run``, thin."""
+"""The verbs ``scfm scaling run`` and ``compare``, each thin."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -173,4 +174,62 @@ def _print_plan(planned: Sequence[PlannedRun], done: Sequence[bool], json: bool)
     print(f"{len(rows)} runs, {sum(own):.3g} FLOPs in all")
 
 
-VERBS: dict[str, Callable[..., Any]] = {"scaling run": run}
+def compare(
+    out: Positional[Path],
+    /,
+    of: tuple[str, ...],
+    than: str,
+    corpus: Path | None = None,
+    part: str = "loss",
+    draws: int = 1_000,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """What runs of a sweep gain over others, file by file: paired losses, with intervals over blocks.
+
+    scfm scaling compare OUT --of 'w16-*-k4' 'w16-*-k16' --than 'w16-*-k0'
+
+    Parameters
+    ----------
+    out
+        The folder of scfm scaling run.
+    of
+        Names of runs; * stands for anything, the seed say, and all that fit are taken together.
+    than
+        The name of the runs that they are held against, with the same *.
+    corpus
+        The corpus, if it has moved since.
+    part
+        Of the errors: loss, or for AIDO.Tissue nonzero or zero, for Nicheformer top1.
+    draws
+        Of the bootstrap over blocks.
+    seed
+        Of the bootstrap.
+    json
+        Print JSON.
+    """
+    from scfm_jax.scaling.gains import gains
+    from scfm_jax.scaling.sweep_run import SweepFolder
+
+    if draws < (least := 100):
+        raise InputError("--draws", f"{draws} is too few", f"give {least} or more")
+    rows = [
+        asdict(gain)
+        for each in of
+        for gain in gains(SweepFolder(out), each, than, corpus=corpus, part=part, draws=draws, seed=seed)
+    ]
+    if json:
+        print_json(rows)
+        return
+    wide = max(len(row["file"]) for row in rows)
+    print(f"gain: 1 - {part} / {part} of {than}, in %, [95% over blocks of tissue], sd between pairs of runs")
+    for runs in of:
+        print(runs)
+        for row in (row for row in rows if row["runs"] == runs):
+            gain, low, high = (100 * row[name] for name in ("gain", "low", "high"))
+            spread = "" if row["spread"] is None else f", sd {100 * row['spread']:.2f} of {row['pairs']}"
+            losses = f"{row['loss']:.4f} for {row['reference']:.4f}"
+            print(f"  {row['file']:<{wide}}  {losses}  {gain:+.2f} [{low:+.2f}, {high:+.2f}]{spread}")
+
+
+VERBS: dict[str, Callable[..., Any]] = {"scaling run": run, "scaling compare": compare}

@@ -76,6 +76,10 @@ class SweepFolder:
         """What a run's errors come to in each held-out cell."""
         return self.path / ERRORS / f"{name}.npz"
 
+    def names(self) -> list[str]:
+        """Of the runs that are done."""
+        return sorted(path.stem for path in (self.path / ROWS).glob("*.json"))
+
     def row(self, name: str) -> dict[str, Any] | None:
         """The row of a run that is done.
 
@@ -107,7 +111,7 @@ class SweepFolder:
         """Write the results file anew, from all rows, in the order of their FLOPs."""
         gathered, results = None, self.path / RESULTS
         # Another job that gathered less may write last; it then sees the rows that it lacked.
-        while gathered != (names := sorted(path.stem for path in (self.path / ROWS).glob("*.json"))):
+        while gathered != (names := self.names()):
             rows = [row for name in names if (row := self.row(name))]
             rows.sort(key=lambda row: (row["flops"], row["name"]))
             _replace(results, "".join(json.dumps(row) + "\n" for row in rows))

@@ -31,6 +31,8 @@ from scfm_jax.scaling.sweep_run import Stopped, SweepFolder, run_planned
 from scfm_jax.training.config import MeshConfig, RunConfig
 from scfm_jax.training.metrics import read_metrics
 
+PAIRED = ("k2", "large"), ("large", "small")  # runs of two pairs, and what they are held against
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -131,6 +133,46 @@ def test_all_runs_are_judged_by_the_same_cells_and_masked_genes(done: tuple[Path
         assert row["loss"] == pytest.approx(of.loss.total.sum() / of.loss.weight.sum(), rel=1e-12)
         assert row["loss_se"] > 0
         assert row["loss_by_file"].keys() == {"slide1.h5ad"}
+
+
+def test_gains_are_of_pairs_on_the_same_cells(
+    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two pairs, k2 over large and large over small, against NumPy: pooled losses, spread, other corpora."""
+    out = tmp_path / "pairs"
+    shutil.copytree(done[0], out)
+    for name, other in (("k2", "k2-a"), ("large", "large-a"), ("large", "k2-b"), ("small", "large-b")):
+        for path in (Path("rows"), Path("errors"), Path("runs")):
+            (found,) = done[0].glob(f"{path}/{name}*")
+            copied = out / path / f"{other}{found.suffix}"
+            (shutil.copytree if found.is_dir() else shutil.copy)(found, copied)
+    command = ["scaling", "compare", str(out), "--of", "k2-*", "k2", "--than", "large-*"]
+    assert main([*command, "--json"]) == 2
+    assert "more * than" in capsys.readouterr().err
+    command.remove("k2")
+    assert main([*command, "--json"]) == 0
+    whole, of_file = json.loads(capsys.readouterr().out)
+    loss = {
+        name: HeldOutErrors.load(out / "errors" / f"{name}.npz").loss for name in ("k2", "large", "small")
+    }
+    runs, references = (loss[first].total.sum() + loss[second].total.sum() for first, second in PAIRED)
+    weight = 2 * loss["small"].weight.sum()
+    assert [whole["loss"], whole["reference"]] == pytest.approx([runs / weight, references / weight])
+    assert whole["gain"] == pytest.approx(1 - runs / references)
+    assert whole["low"] <= whole["gain"] <= whole["high"] and whole["low"] < whole["high"]
+    alone = [1 - loss[of].total.sum() / loss[than].total.sum() for of, than in zip(*PAIRED, strict=True)]
+    assert whole["spread"] == pytest.approx(abs(alone[0] - alone[1]) / 2**0.5)
+    assert of_file == whole | {"file": "slide1.h5ad"}
+    assert main([*command[:-1], "large-a", "--of", "k2-a"]) == 0
+    assert "slide1.h5ad" in capsys.readouterr().out
+    for flags, said in (
+        (["--of", "k3-*"], "no run that is done is named k3-*"),
+        (["--than", "k4-*"], "run k4-a, which k2-a is held against, is not done"),
+        (["--part", "top1"], "give one of loss"),
+        (["--draws", "1"], "--draws"),
+    ):
+        assert main([*command, *flags]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_what_is_done_is_left_alone(
