@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Int64
 
+from scfm_jax.compilations import release_compilations
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
 from scfm_jax.downstream.model import open_model
@@ -193,6 +194,7 @@ def run_planned(
         name = each.run.name
         row = done_row(sweep, each, corpus, folder)
         if row is None:
+            release_compilations()
             before = _before(each, folder)
             seconds = _train(each, corpus, folder, before, report)
             began = time.perf_counter()
