@@ -126,6 +126,7 @@ def ridge(
     test: MaskedCells,
     rates: tuple[float, float],
     *,
+    neighbours: bool = False,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
 ) -> Float32[np.ndarray, "m g"]:
@@ -140,6 +141,9 @@ def ridge(
         Cells of one panel.
     rates
         Mask rates of non-zeros and zeros.
+    neighbours
+        Read the neighbours' mean of the visible genes too, brought to the spread of the cells' own values.
+        The mask is by column: what is masked in the cell is hidden in its neighbours.
     strengths
         L2 penalties of the squared weights per unit of entry weight; each gene takes the best on training
         blocks held out and is then fitted on all.
@@ -153,29 +157,34 @@ def ridge(
     cores at 8,000 cells of 960 genes.
     """
     weight = _weights(train, rates)
-    masked_mean = _weighted_mean(train.values, weight)
+    own_mean, near_mean = (_weighted_mean(x, weight) for x in (train.values, train.neighbour_mean))
+    scale = train.values.std() / max(float(train.neighbour_mean.std()), 1e-6)
     centre, spread = train.depth.mean(), max(float(train.depth.std()), 1e-6)
 
-    def design(values: np.ndarray, mask: np.ndarray, depth: np.ndarray) -> Float64[np.ndarray, "n g+2"]:
-        genes = np.where(mask, masked_mean, values) - masked_mean
-        return np.column_stack([genes, (depth - centre) / spread, np.ones(len(depth))]).astype(np.float64)
+    def design(cells: TrainingCells | MaskedCells) -> Float64[np.ndarray, "n p"]:
+        blocks = [np.where(cells.mask, 0, cells.values - own_mean)]
+        if neighbours:
+            blocks.append(np.where(cells.mask, 0, (cells.neighbour_mean - near_mean) * scale))
+        depth = (cells.depth - centre) / spread
+        return np.column_stack([*blocks, depth, np.ones(len(depth))]).astype(np.float64)
 
-    x, x_test = design(train.values, train.mask, train.depth), design(test.values, test.mask, test.depth)
+    x, x_test, n_genes = design(train), design(test), test.mask.shape[1]
     validation = _validation_cells(train.block, seed)
     folds = [
         _Fold(x[rows], train.targets[rows], train.nonzero[rows], rates) for rows in (~validation, validation)
     ]
     x_validation, y_validation = x[validation], train.targets[validation]
     prediction = np.empty(test.mask.shape, np.float32)
-    for gene in range(test.mask.shape[1]):
+    for gene in range(n_genes):
         fit, held_out = (fold.normal_equations(gene) for fold in folds)
+        hidden = [gene, n_genes + gene] if neighbours else [gene]
         errors = []
         for strength in strengths:
-            coefficients = _solve_ridge(fit, gene, strength)
+            coefficients = _solve_ridge(fit, hidden, strength)
             residual = y_validation[:, gene] - x_validation @ coefficients
             errors.append(weight[validation, gene] @ np.square(residual))
         whole = fit + held_out
-        coefficients = _solve_ridge(whole, gene, strengths[int(np.argmin(errors))])
+        coefficients = _solve_ridge(whole, hidden, strengths[int(np.argmin(errors))])
         prediction[:, gene] = x_test @ coefficients
     return prediction
 
@@ -295,16 +304,16 @@ class _Fold:
 
 
 def _solve_ridge(
-    equations: Float64[np.ndarray, "p p+1"], gene: int, strength: float
+    equations: Float64[np.ndarray, "p p+1"], hidden: Sequence[int], strength: float
 ) -> Float64[np.ndarray, " p"]:
-    """Coefficients of the features, the last the intercept; that of the gene itself is exactly zero."""
+    """Coefficients of the features, the last the intercept; those of the gene itself are exactly zero."""
     matrix, moment = equations[:, :-1].copy(), equations[:, -1].copy()
     total_weight = matrix[-1, -1]
     if total_weight == 0:
         return np.zeros_like(moment)
     matrix[np.diag_indices(len(matrix) - 1)] += strength * total_weight
-    matrix[gene] = matrix[:, gene] = moment[gene] = 0
-    matrix[gene, gene] = 1
+    matrix[hidden] = matrix[:, hidden] = moment[hidden] = 0
+    matrix[hidden, hidden] = 1
     return scipy.linalg.solve(matrix, moment, assume_a="pos", overwrite_a=True, overwrite_b=True)
 
 

@@ -84,25 +84,32 @@ def test_calibrated_neighbours_without_variation_is_the_gene_mean():
     assert calibrated_neighbours(flat, moved, RATES) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize("nonzero_share", ["few", "many"])
-def test_ridge_is_sklearns_with_sample_weights(nonzero_share):
+def test_ridge_is_sklearns_with_sample_weights(nonzero_share, neighbours):
     """Both ways round: a gene's update runs over its non-zero cells, or over its zeros if those are fewer."""
     train, test = tissue()
     if nonzero_share == "many":
         train = replace(train, nonzero=~train.nonzero)
     strength = 0.03
-    prediction = ridge(train, test, RATES, strengths=[strength])
+    prediction = ridge(train, test, RATES, strengths=[strength], neighbours=neighbours)
 
     weight = weights(train)
     masked_mean = np.average(train.values, axis=0, weights=weight)
     x = np.where(train.mask, masked_mean, train.values)
     x_test = np.where(test.mask, masked_mean, test.values)
+    near_mean, scale = np.average(train.neighbour_mean, axis=0, weights=weight), 0.0
+    if neighbours:
+        scale = train.values.std() / train.neighbour_mean.std()
+    near, near_test = (scale * np.where(of.mask, near_mean, of.neighbour_mean) for of in (train, test))
     depth, depth_test = ((d - train.depth.mean()) / train.depth.std() for d in (train.depth, test.depth))
     for gene in range(x.shape[1]):
         w = weight[:, gene]
         model = Ridge(alpha=strength * w.sum())
-        model.fit(np.column_stack([np.delete(x, gene, 1), depth]), train.values[:, gene], sample_weight=w)
-        expected = model.predict(np.column_stack([np.delete(x_test, gene, 1), depth_test]))
+        own, near_own = (np.delete(of, gene, 1) for of in (x, near))
+        model.fit(np.column_stack([own, near_own, depth]), train.values[:, gene], sample_weight=w)
+        own, near_own = (np.delete(of, gene, 1) for of in (x_test, near_test))
+        expected = model.predict(np.column_stack([own, near_own, depth_test]))
         assert prediction[:, gene] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
