@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments.sweeps import tissue_study
 from scfm_jax.corpus import Corpus
 from scfm_jax.errors import InputError
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
 from scfm_jax.objectives.masked_genes import MaskedGenesConfig
+from scfm_jax.scaling.runs import read_runs
 from scfm_jax.scaling.sweep import Sweep, SweepRun, load_sweep
 from scfm_jax.scaling.sweep_plan import plan_sweep
 from scfm_jax.training.config import RunConfig
@@ -94,3 +96,15 @@ def test_a_sweep_is_python(tmp_path: Path, config: RunConfig) -> None:
     path.write_text("def sweep():\n    return 3\n")
     with pytest.raises(InputError, match=r"sweep\(\) returns int; return a scfm_jax.scaling.sweep.Sweep"):
         load_sweep(path)
+
+
+def test_the_rows_of_the_study_are_of_its_recipe() -> None:
+    """What docs/scaling.md rests on can be fitted, and its runs are those of the recipe."""
+    rows = Path(__file__).parents[2] / "experiments" / "sweeps" / "tissue_study.jsonl"
+    runs, dropped = read_runs(rows)
+    recipe = {run.name: run for run in tissue_study.sweep().runs}
+    assert not dropped and len(runs.name) == len(set(runs.name)) > 30
+    for name, k, size in zip(runs.name, runs.k, runs.parameters_without_embeddings, strict=True):
+        config = recipe[name].config
+        assert k == recipe[name].neighbours
+        assert size == tissue_study.SIZES[config.tissue()[0].encoder.width]
