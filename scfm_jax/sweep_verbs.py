@@ -213,11 +213,8 @@ def compare(
 
     if draws < (least := 100):
         raise InputError("--draws", f"{draws} is too few", f"give {least} or more")
-    rows = [
-        asdict(gain)
-        for each in of
-        for gain in gains(SweepFolder(out), each, than, corpus=corpus, part=part, draws=draws, seed=seed)
-    ]
+    found = gains(SweepFolder(out), of, than, corpus=corpus, part=part, draws=draws, seed=seed)
+    rows = [asdict(gain) for gain in found]
     if json:
         print_json(rows)
         return

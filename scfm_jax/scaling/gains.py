@@ -94,7 +94,7 @@ def pairs_of(folder: SweepFolder, of: str, than: str) -> list[tuple[str, str]]:
 
 def gains(
     folder: SweepFolder,
-    of: str,
+    of: Sequence[str],
     than: str,
     *,
     corpus: Path | None = None,
@@ -102,12 +102,12 @@ def gains(
     draws: int = 1000,
     seed: int = 0,
 ) -> list[Gain]:
-    """What the runs named `of` gain over those named `than`: on all cells, then file by file.
+    """What the runs of each pattern of `of` gain over those named `than`: on all cells, then file by file.
 
     Parameters
     ----------
     folder, of, than
-        As in `pairs_of`.
+        As in `pairs_of`; the runs of a pattern are taken together.
     corpus
         Where the corpus lies, if not where it lay when the runs were trained.
     part
@@ -118,13 +118,19 @@ def gains(
     Raises
     ------
     InputError
-        As `pairs_of` and `paired_loss`; another corpus than that of the runs, or a part that they lack.
+        No pattern; as `pairs_of` and `paired_loss`; another corpus than that of the runs, or a part that they lack.
     """
-    pairs = pairs_of(folder, of, than)
-    loaded = [tuple(_errors(folder, name, part) for name in pair) for pair in pairs]
-    config = read_run(folder.run(pairs[0][0]))[0]
+    if not of:
+        raise InputError("--of", "names no runs", "give at least one name")
+    named = {pattern: pairs_of(folder, pattern, than) for pattern in of}
+    loaded = {
+        pattern: [tuple(_errors(folder, name, part) for name in pair) for pair in pairs]
+        for pattern, pairs in named.items()
+    }
+    # All runs of a folder are judged by the same cells.
+    config = read_run(folder.run(named[of[0]][0][0]))[0]
     opened = Corpus.open(corpus or config.corpus)
-    first = loaded[0][0]
+    first = loaded[of[0]][0][0]
     if opened.hash != first.corpus:
         raise InputError(
             opened.path, "is another corpus than the runs were judged on", "name that with --corpus"
@@ -132,7 +138,9 @@ def gains(
     block = split_cells(opened, test_of(config.split)).block[first.cells].astype(np.int64)
     places = {ALL: np.arange(len(first.cells)), **places_by_source(opened, first.cells)}
     return [
-        _gain(of, file, loaded, at, block, part=part, draws=draws, seed=seed) for file, at in places.items()
+        _gain(pattern, file, pairs, at, block, part=part, draws=draws, seed=seed)
+        for pattern, pairs in loaded.items()
+        for file, at in places.items()
     ]
 
 

@@ -136,7 +136,7 @@ def test_all_runs_are_judged_by_the_same_cells_and_masked_genes(done: tuple[Path
 
 
 def test_gains_are_of_pairs_on_the_same_cells(
-    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: tuple[Path, list[PlannedRun]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two pairs, k2 over large and large over small, against NumPy: pooled losses, spread, other corpora."""
     out = tmp_path / "pairs"
@@ -170,6 +170,7 @@ def test_gains_are_of_pairs_on_the_same_cells(
         (["--than", "k4-*"], "run k4-a, which k2-a is held against, is not done"),
         (["--part", "top1"], "give one of loss"),
         (["--draws", "1"], "--draws"),
+        (["--of"], "--of: names no runs"),
     ):
         assert main([*command, *flags]) == 2
         assert said in capsys.readouterr().err
