@@ -118,7 +118,8 @@ def gains(
     Raises
     ------
     InputError
-        No pattern; as `pairs_of` and `paired_loss`; another corpus than that of the runs, or a part that they lack.
+        No pattern; as `pairs_of` and `paired_loss`; another corpus than that of the runs; a part that they
+        lack.
     """
     if not of:
         raise InputError("--of", "names no runs", "give at least one name")
