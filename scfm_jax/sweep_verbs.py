@@ -44,7 +44,8 @@ def run(
     """Train and judge the runs of a sweep, for scaling fit. Any field of a recipe is a flag: --corpus PATH.
 
     The cheapest run is first. Runs that are done are left alone, and one that was stopped goes on: the same
-    command again is all that is needed. Exit status 1 where Ctrl-C or SIGTERM stopped it.
+    command again is all that is needed. Begun several times, the processes share the runs. Exit status 1
+    where Ctrl-C or SIGTERM stopped it.
 
     Parameters
     ----------
@@ -96,7 +97,7 @@ def run(
         chosen = planned if index is None else planned[index : index + 1]
         told = _Reports(len(chosen), quiet=json or not speaks)
         try:
-            results = run_planned(loaded, chosen, corpus, folder, report=told)
+            results = run_planned(loaded, chosen, corpus, folder, report=told, wait_for=told.wait_for)
         except Stopped as stopped:
             if speaks:
                 print(f"stopped and saved in run {stopped}: the same command goes on", file=sys.stderr)
@@ -129,6 +130,11 @@ class _Reports:
             self._bar = TrainingBar(each.run.config.optimiser.steps, each.run.name, quiet=self._quiet)
             self._bar.__enter__()
         self._bar.report(row)
+
+    def wait_for(self, names: list[str]) -> None:
+        self.close()
+        if not self._quiet:
+            print(f"waiting for runs that other processes are at: {', '.join(names)}", flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

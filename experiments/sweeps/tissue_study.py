@@ -3,8 +3,9 @@
 Stage 1 learns from cells alone: five sizes by three amounts of data, four epochs each. Stage 2 goes on from
 three seeds of two sizes at 16,000 cells, half an epoch with k neighbours, k = 0 too: the same centres under
 the same masks. Two controls at k = 16: neighbours exchanged for others of their slide and cell type, and the
-nearest ring of six left out, into which transcripts spill over the border of a cell. Last, the smaller size
-with k = 0 and 4 for four epochs: whether half an epoch is too short to learn what neighbours say.
+nearest ring of six left out, into which transcripts spill over the border of a cell. Last, k = 0 and 4 for
+four epochs, at these sizes and at one of four heads: whether half an epoch is too short, or one or two heads
+too few, to learn what neighbours say.
 """
 
 from dataclasses import replace
@@ -20,7 +21,7 @@ SIZES = {8: 2_921, 16: 10_961, 32: 40_049, 64: 157_409, 96: 345_121}
 CELLS, EPOCHS = (4_000, 16_000, 64_000), 4.0
 SECOND_WIDTHS, SECOND_CELLS, SECOND_EPOCHS, SEEDS = (16, 32), 16_000, 0.5, (0, 1, 2)
 NEIGHBOURS, MOST_NEIGHBOURS = (0, 4, 16), 64
-LONG_NEIGHBOURS, LONG_EPOCHS = (0, 4), 4.0
+FEW_NEIGHBOURS, LONG_EPOCHS, LONG_SEEDS = (0, 4), 4.0, {16: SEEDS, 32: (0,), 64: (0,)}
 CONTROLS: dict[str, dict[str, Any]] = {
     "exchanged": {"exchanged_within": ("cell_type", "cluster")},
     "ring": {"skip_nearest": 6},
@@ -62,12 +63,15 @@ def with_neighbours() -> list[SweepRun]:
                         after=begun,
                     )
                 )
+    for width, seeds in LONG_SEEDS.items():
+        for seed in seeds:
+            begun = f"w{width}-d{SECOND_CELLS}-s{seed}"
+            for k in FEW_NEIGHBOURS:
+                if width not in SECOND_WIDTHS:
+                    runs.append(SweepRun(f"{begun}-k{k}", second(width, k, seed), after=begun))
+                config = second(width, k, seed, epochs=LONG_EPOCHS)
+                runs.append(SweepRun(f"{begun}-k{k}-long", config, after=begun))
     narrow = SECOND_WIDTHS[0]
-    for seed in SEEDS:
-        begun = f"w{narrow}-d{SECOND_CELLS}-s{seed}"
-        for k in LONG_NEIGHBOURS:
-            config = second(narrow, k, seed, epochs=LONG_EPOCHS)
-            runs.append(SweepRun(f"{begun}-k{k}-long", config, after=begun))
     begun = f"w{narrow}-d{SECOND_CELLS}-s0"
     return [*runs, SweepRun(f"{begun}-k{MOST_NEIGHBOURS}", second(narrow, MOST_NEIGHBOURS, 0), after=begun)]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from scfm_jax.errors import InputError
+from scfm_jax.errors import DataWarning, InputError
 
 
 def check_new(out: Path) -> None:
@@ -26,6 +27,25 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold a lock, whose file is made, and yield True; yield False at once where another process holds it.
+
+    It ends with the process, however that ends. Where the file system knows no locks, a warning says so and
+    the claim is taken to hold.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:
+            text = f"{path}: its file system knows no locks ({error.strerror}); work on it in one process"
+            warnings.warn(text, DataWarning, stacklevel=3)
+        yield True
 
 
 @contextmanager

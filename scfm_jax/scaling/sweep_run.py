@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from scfm_jax.compilations import release_compilations
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
 from scfm_jax.downstream.model import open_model
-from scfm_jax.downstream.outputs import written_whole
+from scfm_jax.downstream.outputs import claimed, written_whole
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.held_out import HeldOutErrors, held_out_errors, loss_and_error, loss_by_source
 from scfm_jax.scaling.sweep import Sweep, test_of
@@ -32,6 +33,7 @@ from scfm_jax.training.run import read_run
 from scfm_jax.training.train import select_cells, train
 
 RESULTS, ROWS, RUNS, ERRORS, JUDGED = "results.jsonl", "rows", "runs", "errors", "judged.json"
+LOCKS, _PAUSE = "locks", 2.0  # seconds between looks at what others are at
 _BEGUN = "digest.txt"  # in a run directory: of what its weights depend on
 _OVERHEAD = ("compile", "start")
 
@@ -48,7 +50,8 @@ class SweepFolder:
     ----------
     path
         ``results.jsonl`` (all rows so far), ``rows/NAME.json``, ``errors/NAME.npz`` (`HeldOutErrors`), the
-        run directories ``runs/NAME``, and by what all are judged, ``judged.json``.
+        run directories ``runs/NAME``, by what all are judged, ``judged.json``, and ``locks/NAME`` of runs
+        that a process is at.
     """
 
     path: Path
@@ -155,10 +158,12 @@ def run_planned(
     folder: SweepFolder,
     *,
     report: Callable[[PlannedRun, dict[str, Any]], None] = lambda run, row: None,
+    wait_for: Callable[[list[str]], None] = lambda names: None,
 ) -> Path:
     """Train and judge planned runs in their order; those that have a row are left alone.
 
-    On several hosts, all call it alike within `hosts.joined`; one writes and reports.
+    Several processes may share a folder: each takes the first run that no other is at, and all return when
+    the last is done. On several hosts, all call it alike within `hosts.joined`; one writes and reports.
 
     Parameters
     ----------
@@ -172,6 +177,8 @@ def run_planned(
         Of the sweep.
     report
         Told of every row of training, and of the row of every run that is done.
+    wait_for
+        Told the names of the runs that are left, where other processes are at them.
 
     Returns
     -------
@@ -186,30 +193,69 @@ def run_planned(
         Ctrl-C or SIGTERM asked training to stop; the next call goes on.
     """
     if is_primary():
-        folder.make(ROWS, RUNS, ERRORS)
+        folder.make(ROWS, RUNS, ERRORS, LOCKS)
         folder.judge_by(judgement(sweep, corpus))
     meet("folder of the sweep")
-    cells, block = judged_cells(sweep, corpus)
-    for each in planned:
-        name = each.run.name
-        row = done_row(sweep, each, corpus, folder)
-        if row is None:
-            release_compilations()
-            before = _before(each, folder)
-            seconds = _train(each, corpus, folder, before, report)
-            began = time.perf_counter()
-            errors = _judge(sweep, folder.run(name), corpus, cells)
-            if is_primary():
-                folder.errors(name).unlink(missing_ok=True)
-                errors.save(folder.errors(name))
-                judged = _judged(errors, corpus, block)
-                spent = {"seconds": seconds + time.perf_counter() - began}
-                digest = digest_of(sweep, each, corpus, folder)
-                folder.write(_trained(each, folder, before) | judged | spent | {"digest": digest})
-            meet(f"row of {name}")
-        if is_primary() and (row := folder.row(name)):
-            report(each, row)
+    judged = judged_cells(sweep, corpus)
+    left, said = list(planned), list[str]()
+    while left:
+        others = dict[str, PlannedRun]()
+        for each in left:
+            ready = each.run.after not in others
+            if not (ready and _run(sweep, each, corpus, folder, judged, report)):
+                others[each.run.name] = each
+        if len(others) == len(left):
+            if said != (said := list(others)):
+                wait_for(said)
+            time.sleep(_PAUSE)
+        left = list(others.values())
     return folder.gather() if is_primary() else folder.path / RESULTS
+
+
+def _run(
+    sweep: Sweep,
+    each: PlannedRun,
+    corpus: Corpus,
+    folder: SweepFolder,
+    judged: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]],
+    report: Callable[[PlannedRun, dict[str, Any]], None],
+) -> bool:
+    """Train and judge a run, unless that is done; False where another process is at it."""
+    name = each.run.name
+    if done_row(sweep, each, corpus, folder) is None:
+        with contextlib.ExitStack() as held:
+            if is_primary() and not held.enter_context(claimed(folder.path / LOCKS / name)):
+                if jax.process_count() == 1:
+                    return False
+                raise InputError(folder.run(name), "another process is at it", "wait until that ends")
+            if done_row(sweep, each, corpus, folder) is None:  # as another may have ended meanwhile
+                _train_and_judge(sweep, each, corpus, folder, judged, report)
+    if is_primary() and (row := folder.row(name)):
+        report(each, row)
+    return True
+
+
+def _train_and_judge(
+    sweep: Sweep,
+    each: PlannedRun,
+    corpus: Corpus,
+    folder: SweepFolder,
+    judged: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]],
+    report: Callable[[PlannedRun, dict[str, Any]], None],
+) -> None:
+    name, (cells, block) = each.run.name, judged
+    release_compilations()
+    before = _before(each, folder)
+    seconds = _train(each, corpus, folder, before, report)
+    began = time.perf_counter()
+    errors = _judge(sweep, folder.run(name), corpus, cells)
+    if is_primary():
+        folder.errors(name).unlink(missing_ok=True)
+        errors.save(folder.errors(name))
+        spent = {"seconds": seconds + time.perf_counter() - began}
+        digest = {"digest": digest_of(sweep, each, corpus, folder)}
+        folder.write(_trained(each, folder, before) | _judged(errors, corpus, block) | spent | digest)
+    meet(f"row of {name}")
 
 
 def done_row(sweep: Sweep, each: PlannedRun, corpus: Corpus, folder: SweepFolder) -> dict[str, Any] | None:

@@ -7,14 +7,15 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from compiled_once import compiled_once
 from tiny_runs import small
 
 from scfm_jax.cli import main
@@ -36,18 +37,8 @@ PAIRED = ("k2", "large"), ("large", "small")  # runs of two pairs, and what they
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As the verb does: runs of equal shape share what is compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +223,32 @@ def test_what_changes_no_weight_is_not_in_the_digest_and_what_does_is(
     assert digest() == rows_of(out)["small"]["digest"]
     assert digest(mesh=MeshConfig(tensor=2), log_every=7, checkpoint_every=7, corpus="elsewhere") == digest()
     assert len({digest(), digest(seed=1), digest(initial_weights="a"), digest(initial_weights="b")}) == 4
+
+
+def test_what_another_process_is_at_is_left_to_it_and_taken_over_where_it_died(
+    done: tuple[Path, list[PlannedRun]], sweep: Sweep, tmp_path: Path
+) -> None:
+    out, planned = done
+    corpus, folder = Corpus.open(sweep.runs[0].config.corpus), SweepFolder(tmp_path / "shared")
+    folder.make("locks")
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, 2); print('held', flush=True); input()"
+    )
+    lock = folder.path / "locks" / "large"
+    with subprocess.Popen(
+        [sys.executable, "-uc", hold, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        waited: list[list[str]] = []
+
+        def died(names: list[str]) -> None:
+            waited.append(names)
+            other.kill()
+
+        run_planned(sweep, planned, corpus, folder, wait_for=died)
+    assert waited == [["large", "k2"]]
+    losses = {name: row["loss"] for name, row in rows_of(folder.path).items()}
+    assert losses == {name: row["loss"] for name, row in rows_of(out).items()}
 
 
 def test_a_row_of_another_job_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
