@@ -38,6 +38,8 @@ class Arguments:
 
     out: Annotated[Path, tyro.conf.Positional]
     run: Annotated[str, tyro.conf.Positional]
+    corpus: Path | None = None
+    """The corpus, if it has moved since."""
     neighbours: tuple[int, ...] = (4, 16)
     most_genes: int = 0
     """Leave out files of more genes, whose regressions take minutes; 0 is all."""
@@ -47,7 +49,7 @@ def main(arguments: Arguments) -> None:
     folder, name = SweepFolder(arguments.out), arguments.run
     config, _ = read_run(folder.run(name))
     judged = HeldOutErrors.load(folder.errors(name))
-    corpus, objective = Corpus.open(config.corpus), config.tissue()[2]
+    corpus, objective = Corpus.open(arguments.corpus or config.corpus), config.tissue()[2]
     split = split_cells(corpus, config.split)
     learnt = select_cells(corpus, split, config)[0].numbers()
     train_at = places_by_source(corpus, learnt)
