@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scfm_jax.scaling.recommend import Recommendation
 
 _NAMED = 3  # runs of a kind
+_LACK_OF_FIT = 0.01  # a chance below which the form is said not to fit
 
 
 def fit(
@@ -23,6 +24,8 @@ def fit(
     /,
     output: Annotated[Path, arg(aliases=["-o"])],
     family: str | None = None,
+    only: tuple[str, ...] = (),
+    without: tuple[str, ...] = (),
     size: Literal["parameters_without_embeddings", "parameters"] = "parameters_without_embeddings",
     data: Literal["unique_cells", "cells", "tokens"] = "unique_cells",
     form: Literal["plain", "offset", "offset_size", "offset_data", "power", "power_size"] | None = None,
@@ -44,6 +47,10 @@ def fit(
         The new file of the law (.json), for scfm scaling plot and recommend.
     family
         Whose runs, where the file has several.
+    only
+        Names of the runs to take, where * stands for anything: 'w16-*' 'w32-*'.
+    without
+        Names of runs to leave out, likewise: '*-ring' '*-exchanged' for controls.
     size
         What N is.
     data
@@ -76,7 +83,7 @@ def fit(
     if not 0 < delta < 1:
         raise InputError("--delta", f"{delta} is no deviation of a log loss", "give a number from 0 to 1")
     check_new(output)
-    runs, dropped = read_runs(results, family=family, drop_nan=drop_nan)
+    runs, dropped = read_runs(results, family=family, only=only, without=without, drop_nan=drop_nan)
     config = LawConfig(size, data, form, draws, held_out, repeats, delta, seed)
     with Bar("fitting", quiet=json) as bar:
         law = fit_law(runs, config, dropped=dropped, where=results, progress=bar.update)
@@ -196,14 +203,19 @@ def predict(
     json
         Print the answer as JSON.
     """
+    import dataclasses
+
     from scfm_jax.scaling.law_file import read_law
     from scfm_jax.scaling.recommend import predict_run
 
-    loss, interval = predict_run(read_law(law), size, data, k, extrapolate=extrapolate)
+    said = predict_run(read_law(law), size, data, k, extrapolate=extrapolate)
     if json:
-        print_json({"size": size, "data": data, "k": k, "loss": loss, "interval": interval})
-    else:
-        print(f"N {size:.3g}, D {data:.3g}, k {k}: loss {loss:.4g} {_interval(interval)}")
+        print_json({"size": size, "data": data, "k": k} | dataclasses.asdict(said))
+        return
+    run = f"N {size:.3g}, D {data:.3g}, k {k}, {said.flops:.3g} FLOPs"
+    print(f"{run}: loss {said.loss:.4g} {_interval(said.interval)}")
+    for remark in said.remarks:
+        print(f"beware: {remark}")
 
 
 def _law_lines(law: Law) -> list[str]:
@@ -240,6 +252,12 @@ def _neighbour_lines(law: Law) -> list[str]:
     seeds = law.noise.freedom > 0
     noise = f"{law.noise.deviation:.3g} between seeds" if seeds else "not measured, no seed was repeated"
     lines, least = [f"residuals {law.deviation:.3g}; noise {noise}"], law.design.levels[0]
+    chance = law.lack_of_fit
+    if chance is not None and chance < _LACK_OF_FIT:
+        lines.append(
+            f"beware: the runs lie farther from this form than seeds scatter (F test, p = {chance:.1g}): "
+            "its intervals are those of the form, and say nothing of another"
+        )
     for each in law.effects:
         lines.append(f"k = {each.k} against {least}: {each.difference:+.3g} {_interval(each.interval)}")
     if len(law.design.levels) > 1 and law.power_law:

@@ -20,7 +20,7 @@ BOUNDS = {"alpha": (0.02, 2.0), "beta": (0.02, 2.0), "gamma": (0.1, 4.0), "k0": 
 _SAME = 0.01  # a share of N or D, within which it is one level
 
 
-def binned(values: Float64[np.ndarray, " n"], share: float) -> Int64[np.ndarray, " n"]:
+def binned(values: Float64[np.ndarray, " n"], share: float = _SAME) -> Int64[np.ndarray, " n"]:
     """A number for each level, upwards: values that exceed a level's least by no more than `share`."""
     found = np.zeros(len(values), np.int64)
     number, least = 0, values.min(initial=np.inf)
@@ -33,7 +33,7 @@ def binned(values: Float64[np.ndarray, " n"], share: float) -> Int64[np.ndarray,
 
 def levels(values: Float64[np.ndarray, " n"]) -> int:
     """How many levels of N or D there are, those within a hundredth of each other counted once."""
-    return int(binned(values, _SAME).max()) + 1
+    return int(binned(values).max()) + 1
 
 
 class Term(NamedTuple):
@@ -79,7 +79,7 @@ class Design:
 
         So do those whose N and D are within a hundredth: seeds may draw other blocks of cells.
         """
-        all_three = np.stack([binned(self.size, _SAME), binned(self.data, _SAME), self.k], axis=1)
+        all_three = np.stack([binned(self.size), binned(self.data), self.k], axis=1)
         return np.unique(all_three, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
     def take(self, places: np.ndarray) -> Design:

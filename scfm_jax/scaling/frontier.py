@@ -44,6 +44,10 @@ class Cost:
             return ""
         return f"FLOPs are up to {self.misfit:.2f} times off their power law of N"
 
+    def flops(self, size: float, data: float, k: int) -> float:
+        """Of a training at one N, D and k."""
+        return self.factor[k] * self.passes[k] * size**self.exponent * data
+
 
 def cost_of(design: Design, cells: Float64[np.ndarray, " n"], flops: Float64[np.ndarray, " n"]) -> Cost:
     """Fit FLOPs a cell by least squares on logarithms; u is 1 where N does not vary."""

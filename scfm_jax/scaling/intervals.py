@@ -20,6 +20,7 @@ _LEVELS = 3  # of N or D, for an exponent beside a floor
 # Trial values of a profile, in standard errors.
 _TRIALS = np.geomspace(0.25, 60, 24)
 _WIDEST = 3.0  # a standard error of a logarithm
+_MOST_OF_GRID = 0.5  # of the logarithms that were searched, what an interval may span
 _FARTHEST = 40.0  # from the estimate, a logarithm
 
 Interval = tuple[float, float]
@@ -200,8 +201,11 @@ def parameters_of(
                 side = "on both sides" if ends == (None, None) else "below" if ends[0] is None else "above"
                 why = f"the profile likelihood is open {side}"
             elif place < q and at_edge[0][place] > ends_at[0]:
-                why = f"{at_edge[0][place]:.0%} of bootstrap draws lie at the edge of the grid"
+                why = f"{at_edge[0][place]:.1%} of bootstrap draws lie at the edge of the grid"
         low, high = np.quantile(values[:, place], ends_at)
+        if not why and place < q and np.log(high / low) > _MOST_OF_GRID * np.ptp(form.bounds[:, place]):
+            # Whether a draw or two lie at the edge is chance, and so is where such an interval ends.
+            why = f"its interval, {low:.2g} to {high:.2g}, spans most of the grid"
         if why:
             found.append(Parameter(name, None, None, None, why))
         else:

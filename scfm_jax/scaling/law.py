@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64
+from scipy.stats import f as f_distribution
 
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.comparison import (
@@ -22,7 +23,7 @@ from scfm_jax.scaling.comparison import (
     no_power_law,
     noise_of,
 )
-from scfm_jax.scaling.forms import FORMS, Design, Form, levels, predict
+from scfm_jax.scaling.forms import FORMS, Design, Form, binned, levels, predict
 from scfm_jax.scaling.frontier import Cost, cost_of
 from scfm_jax.scaling.huber import fit_huber
 from scfm_jax.scaling.intervals import Interval, Parameter, bootstrap, parameters_of, rank, tails
@@ -141,6 +142,25 @@ class Law:
         return predict(self.form, self.design, self.estimate[None])[0]
 
     @property
+    def lack_of_fit(self) -> float | None:
+        """Chance of residuals this large beside the noise between seeds, were the form the true one.
+
+        The F test of lack of fit; None where no seed was repeated, or nothing is left to test by.
+        """
+        freedom = len(self.runs) - self.form.n_parameters
+        seeds = self.noise.freedom
+        if not 0 < seeds < freedom or self.noise.deviation == 0:
+            return None
+        lack = self.deviation**2 * freedom - self.noise.deviation**2 * seeds
+        ratio = max(lack, 0.0) / (freedom - seeds) / self.noise.deviation**2
+        return float(f_distribution.sf(ratio, freedom - seeds, seeds))
+
+    def budgets(self, k: int) -> Interval:
+        """Least and greatest FLOPs of the runs at k."""
+        flops = self.runs.flops[self.runs.k == k]
+        return float(flops.min()), float(flops.max())
+
+    @property
     def tails(self) -> tuple[float, float]:
         """Quantiles of the draws between which a 95% interval lies."""
         return tails(len(self.runs), self.form.n_parameters)
@@ -188,7 +208,7 @@ def fit_law(
     form = _chosen(design, config, where)
     _check_enough(form, design, where)
     offset = forms_for(design, ["offset" if len(design.levels) > 1 else "plain"])[0]
-    noise, effect = _noise_and_effect(offset, design, loss)
+    noise, effect = _noise_and_effect(offset, design, runs)
     power_law = no_power_law(design, effect, noise)
     if form.name.startswith("power") and power_law:
         raise InputError(where, f"a power law in k is not identified: {power_law}", "take --form offset")
@@ -300,10 +320,13 @@ def _compare(design: Design, loss: np.ndarray, power_law: str, seed: int) -> lis
     ]
 
 
-def _noise_and_effect(offset: Form, design: Design, loss: np.ndarray) -> tuple[Noise, float]:
-    best = fit(offset, design, loss)
+def _noise_and_effect(offset: Form, design: Design, runs: Runs) -> tuple[Noise, float]:
+    best, loss = fit(offset, design, runs.loss), runs.loss
     freedom = max(len(loss) - rank(offset, design, best), 1)
-    noise = noise_of(loss, design.configurations, float(np.sqrt(best.sse[0] / freedom)))
+    # Runs that went on for longer are no repeats of those that did not, whatever D counts.
+    both = np.stack([design.configurations, binned(runs.cells)])
+    repeats = np.unique(both, axis=1, return_inverse=True)[1].reshape(-1)
+    noise = noise_of(loss, repeats, float(np.sqrt(best.sse[0] / freedom)))
     floors = [
         value for term, value in zip(offset.terms, best.coefficients[0], strict=True) if term.name[0] == "E"
     ]

@@ -24,6 +24,7 @@ from scfm_jax.training.hardware import ACCELERATORS
 
 FARTHEST = 10.0  # times the largest budget measured
 _BUDGETS = 7  # of a frontier that is listed
+_OVERRIDE = "add --extrapolate to have an answer all the same"
 # Of the published vocabularies; embeddings are not compared where N leaves them out.
 _GENES = {"tissue": 19_264, "nicheformer": 20_310}
 
@@ -105,17 +106,25 @@ def budget_of(chips: int, hours: float, device: str, mfu: float) -> float:
     return chips * hours * 3600 * ACCELERATORS[device].peak_flops * mfu
 
 
-def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice]]:
-    """For each budget the best at every k, least loss first."""
+def choices_at(
+    law: Law, budgets: Float64[np.ndarray, " c"], *, extrapolate: bool = False
+) -> list[list[Choice]]:
+    """For each budget the best at every k, least loss first.
+
+    A k stands only at budgets that its own runs reach, to within ten times, unless `extrapolate`.
+    """
     parameters = np.concatenate([law.estimate[None], law.draws])
     ks = law.design.levels
     found = [optimum(law.form, parameters, law.cost, k, budgets) for k in ks]
-    losses = np.stack([each.loss for each in found])
+    reached = np.stack([extrapolate | (_times_beyond(budgets, law.budgets(k)) <= FARTHEST) for k in ks])
+    losses = np.where(reached[:, None], np.stack([each.loss for each in found]), np.nan)
     winner = np.where(np.isfinite(losses), losses, np.inf).argmin(0)[1:]
     rows = []
     for c in range(len(budgets)):
         of_budget = []
         for place, (k, each) in enumerate(zip(ks, found, strict=True)):
+            if not reached[place, c]:
+                continue
             three = np.stack([each.size[:, c], each.data[:, c], each.loss[:, c]])
             drawn = three[:, 1:][:, np.isfinite(three[2, 1:])]
             ends = np.quantile(drawn, law.tails, axis=1) if drawn.size else np.full((2, 3), np.nan)
@@ -125,6 +134,12 @@ def choices_at(law: Law, budgets: Float64[np.ndarray, " c"]) -> list[list[Choice
             of_budget.append(Choice(k, size, data, loss, first, second, third, share))
         rows.append(sorted(of_budget, key=lambda choice: choice.loss))
     return rows
+
+
+def _times_beyond(flops: Float64[np.ndarray, " c"], measured: Interval) -> Float64[np.ndarray, " c"]:
+    """How many times above the greatest or below the least that was measured; 1 or less within."""
+    least, greatest = measured
+    return np.maximum(flops / greatest, least / flops)
 
 
 def frontier_of(law: Law) -> list[tuple[float, list[Choice]]]:
@@ -162,21 +177,19 @@ def recommend(
         raise InputError(
             where, "; ".join(law.refusals), "measure runs of three sizes and three amounts of data"
         )
-    override = "add --extrapolate to have an answer all the same"
-    remarks = []
+    remarks = list[str]()
     if law.refusals:
         if not extrapolate:
-            raise InputError(where, "; ".join(law.refusals), override)
+            raise InputError(where, "; ".join(law.refusals), _OVERRIDE)
         remarks += law.refusals
     low, high = float(law.runs.flops.min()), float(law.runs.flops.max())
-    times = flops / high if flops > high else low / flops
-    side = "above the largest" if flops > high else "below the smallest"
-    if times > 1:
-        far = f"{flops:.3g} FLOPs are {times:.3g} times {side} budget measured ({low:.3g} to {high:.3g})"
-        if times > FARTHEST and not extrapolate:
-            raise InputError("--flops", far, override)
-        remarks.append(far)
-    choices = choices_at(law, np.array([flops]))[0]
+    remarks += _beyond("--flops", "a budget of", flops, (low, high), extrapolate=extrapolate)
+    choices = choices_at(law, np.array([flops]), extrapolate=extrapolate)[0]
+    for k in sorted(set(law.design.levels) - {choice.k for choice in choices}):
+        least, most = law.budgets(k)
+        remarks.append(f"k = {k} is left out: it was measured from {least:.3g} to {most:.3g} FLOPs")
+    if not choices:
+        raise InputError("--flops", "; ".join(remarks), _OVERRIDE)
     best = choices[0]
     if not np.isfinite(best.loss):
         raise InputError(where, "N or D has no effect, so that no optimum is", "measure more runs")
@@ -204,17 +217,37 @@ def recommend(
     )
 
 
-def predict_run(
-    law: Law, size: float, data: float, k: int, *, extrapolate: bool = False
-) -> tuple[float, Interval]:
-    """Loss of a single run that is still to be run, and its 95% interval, the noise between runs included.
+@dataclass(frozen=True)
+class RunPrediction:
+    """Loss of a single run that is still to be run.
+
+    Attributes
+    ----------
+    loss
+        Expected.
+    interval
+        95%, the noise between runs included.
+    flops
+        Model FLOPs of the training, by the law's cost.
+    remarks
+        Where the run lies beyond what was measured, and what the law leaves open there.
+    """
+
+    loss: float
+    interval: Interval
+    flops: float
+    remarks: list[str]
+
+
+def predict_run(law: Law, size: float, data: float, k: int, *, extrapolate: bool = False) -> RunPrediction:
+    """Predict a run that is still to be run.
 
     Parameters
     ----------
     size, data, k
         N, D and neighbours, counted as the law counts them.
     extrapolate
-        Answer past ten times the N or D that was measured, or below a tenth of the least.
+        Answer past ten times the N, D or FLOPs that were measured at this k, or below a tenth of the least.
 
     Raises
     ------
@@ -225,16 +258,43 @@ def predict_run(
         raise InputError(
             "--k", f"{k} was not measured", f"give one of {', '.join(map(str, law.design.levels))}"
         )
-    for flag, value, measured in (("--size", size, law.design.size), ("--data", data, law.design.data)):
-        least, most = float(measured.min()), float(measured.max())
+    at, remarks = law.design.k == k, list[str]()
+    for flag, what, value, measured in (
+        ("--size", "N =", size, law.design.size[at]),
+        ("--data", "D =", data, law.design.data[at]),
+    ):
         if not 0 < value < float("inf"):
             raise InputError(flag, f"{value} is out of range", "give a number above 0")
-        if not least / FARTHEST <= value <= most * FARTHEST and not extrapolate:
-            problem = f"{value:.3g} is far from what was measured, {least:.3g} to {most:.3g}"
-            raise InputError(flag, problem, "add --extrapolate to have an answer all the same")
+        ends = float(measured.min()), float(measured.max())
+        remarks += _beyond(flag, what, value, ends, extrapolate=extrapolate)
+    flops = law.cost.flops(size, data, k)
+    remarks += _beyond("--size", "training FLOPs of", flops, law.budgets(k), extrapolate=extrapolate)
+    if remarks:  # within what was measured, nothing rests on a parameter that is not identified
+        remarks += law.refusals
     asked = Design(np.array([size], float), np.array([data], float), np.array([k]))
-    (said,) = single_runs(law.form, asked, law.estimate, law.draws, law.deviation, law.tails, law.config.seed)
-    return said
+    ((loss, interval),) = single_runs(
+        law.form, asked, law.estimate, law.draws, law.deviation, law.tails, law.config.seed
+    )
+    return RunPrediction(loss, interval, flops, remarks)
+
+
+def _beyond(flag: str, what: str, value: float, measured: Interval, *, extrapolate: bool) -> list[str]:
+    """A remark where a value lies beyond what was measured.
+
+    Raises
+    ------
+    InputError
+        It lies more than ten times beyond, and nobody asked to extrapolate.
+    """
+    least, greatest = measured
+    times = float(_times_beyond(np.array([value]), measured)[0])
+    if times <= 1:
+        return []
+    side = "above the largest" if value > greatest else "below the smallest"
+    far = f"{what} {value:.3g} is {times:.3g} times {side} measured ({least:.3g} to {greatest:.3g})"
+    if times > FARTHEST and not extrapolate:
+        raise InputError(flag, far, _OVERRIDE)
+    return [far]
 
 
 def _by_parabolas(law: Law, flops: float, k: int) -> tuple[float, float] | None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +98,14 @@ class Runs:
         return [row | {"loss_se": None if math.isnan(row["loss_se"]) else row["loss_se"]} for row in rows]
 
 
-def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) -> tuple[Runs, list[str]]:
+def read_runs(
+    path: Path,
+    *,
+    family: str | None = None,
+    only: Sequence[str] = (),
+    without: Sequence[str] = (),
+    drop_nan: bool = False,
+) -> tuple[Runs, list[str]]:
     """Read a results file; returns the runs, and the names of those that were dropped for their loss.
 
     Parameters
@@ -105,6 +114,8 @@ def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) 
         JSON lines.
     family
         Whose runs to take, where the file has several.
+    only, without
+        Names of runs to take, all if there are none, and of runs to leave out, as `fnmatch` has it.
     drop_nan
         Leave runs out whose loss is no number, instead of refusing them.
 
@@ -112,7 +123,7 @@ def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) 
     ------
     InputError
         No file, no runs, a line that is no run, a field that is missing or of the wrong kind, a loss that is
-        no number, the same run twice, several families.
+        no number, the same run twice, several families, a name that no run has.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -130,7 +141,8 @@ def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) 
             raise InputError(
                 path, f"has no runs of family {family!r}", f"ask for one of {', '.join(families)}"
             )
-    elif len(families) > 1:
+    rows = _chosen(rows, only, without, path)
+    if len({row["family"] for row in rows}) > 1:
         raise InputError(
             path, f"holds runs of {len(families)} families", f"add --family {'|'.join(families)}"
         )
@@ -140,6 +152,21 @@ def read_runs(path: Path, *, family: str | None = None, drop_nan: bool = False) 
     if lost and not drop_nan:
         raise InputError(path, f"loss is no number in {_listed(lost)}", "add --drop-nan to leave them out")
     return runs_of([row for row in rows if math.isfinite(row["loss"])], path), lost
+
+
+def _chosen(
+    rows: list[dict[str, Any]], only: Sequence[str], without: Sequence[str], path: Path
+) -> list[dict[str, Any]]:
+    for flag, patterns in (("--only", only), ("--without", without)):
+        for pattern in patterns:
+            if not any(fnmatchcase(row["name"], pattern) for row in rows):
+                raise InputError(flag, f"no run of {path} is named {pattern}", "give names, * for anything")
+    return [
+        row
+        for row in rows
+        if (not only or any(fnmatchcase(row["name"], pattern) for pattern in only))
+        and not any(fnmatchcase(row["name"], pattern) for pattern in without)
+    ]
 
 
 def runs_of(rows: list[dict[str, Any]], where: Path | str) -> Runs:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
-from surfaces import ALPHA, BETA, FEW, A, B, value
+from surfaces import ALPHA, BETA, FEW, A, B, grid, value, with_neighbours
 
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.forms import Design, make_form
@@ -170,7 +170,7 @@ def test_the_optimum_under_any_power_of_size_is_scipys(u: float) -> None:
 
 def test_neighbours_pay_from_some_budget_on(law: Law) -> None:
     """They take .06 off the loss for each doubling at 1 + k times the cost: little compute goes without."""
-    small, large = choices_at(law, np.array([1e17, 1e25]))
+    small, large = choices_at(law, np.array([1e17, 1e25]), extrapolate=True)
     assert (small[0].k, large[0].k) == (0, 16)
 
 
@@ -205,7 +205,7 @@ def test_vertices_of_parabolas_say_which_k_is_best(law: Law) -> None:
     found, _ = parabolas(design, np.array(loss), np.array(flops), draws=100, seed=0)
     said = best_neighbours(found)
     assert [budget for budget, _ in said] == pytest.approx(list(budgets))
-    assert [k for _, k in said] == [row[0].k for row in choices_at(law, budgets)]
+    assert [k for _, k in said] == [row[0].k for row in choices_at(law, budgets, extrapolate=True)]
     assert said[0][1] == 0 and said[-1][1] == 16
 
 
@@ -226,7 +226,7 @@ def test_recommendation_and_what_it_rests_on(law: Law) -> None:
 def test_too_far_is_refused_unless_asked(law: Law) -> None:
     most = float(law.runs.flops.max())
     assert any("above the largest" in remark for remark in recommend(law, 9 * most).remarks)
-    with pytest.raises(InputError, match=r"11 times above the largest budget measured.*add --extrapolate"):
+    with pytest.raises(InputError, match=r"11 times above the largest measured.*add --extrapolate"):
         recommend(law, 11 * most)
     answer = recommend(law, 11 * most, extrapolate=True)
     assert any("11 times above" in remark for remark in answer.remarks)
@@ -235,6 +235,20 @@ def test_too_far_is_refused_unless_asked(law: Law) -> None:
     for flops in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(InputError, match="is no budget"):
             recommend(law, flops)
+
+
+def test_a_k_stands_at_budgets_that_its_own_runs_reach(make_rows: Rows) -> None:
+    """That of the costlier k begins at 11 times the least budget here, and is said to be left out."""
+    rows = make_rows(grid((0, 4)), with_neighbours, noise=0.004)
+    least = min(row["flops"] for row in rows)
+    rows = [row for row in rows if row["k"] == 0 or row["flops"] > 110 * least]
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    answer = recommend(law, 10 * least)
+    assert [choice.k for choice in answer.choices] == [0]
+    assert answer.choices[0].share == 1
+    assert any(remark.startswith("k = 4 is left out: it was measured from") for remark in answer.remarks)
+    assert {choice.k for choice in recommend(law, 100 * least).choices} == {0, 4}
+    assert {choice.k for choice in recommend(law, 10 * least, extrapolate=True).choices} == {0, 4}
 
 
 def test_what_is_not_identified_is_not_recommended(make_rows: Rows) -> None:

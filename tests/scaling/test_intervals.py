@@ -180,6 +180,21 @@ def test_noise_that_hides_the_effect_leaves_the_profile_open() -> None:
     assert told["beta"].value is not None
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_an_interval_over_most_of_the_grid_is_no_number_whatever_the_draws(seed: int) -> None:
+    """Sizes that are worth little more than the noise: what the edge of the grid cuts off is chance."""
+    design = design_of(list(np.geomspace(3e3, 3e5, 4)), list(np.geomspace(4e3, 4e6, 6)))
+    form = make_form("plain", (0,))
+    loss = 0.28 + 0.5 / design.size**0.3 + 20 / design.data**0.5
+    loss = loss + 0.004 * np.random.default_rng(3).normal(size=len(loss))
+    best = fit(form, design, loss)
+    for p in parameters_of(form, design, loss, best, bootstrap(form, design, loss, 300, seed)):
+        if p.name in ("alpha", "A", "E"):
+            assert p.value is None, (p.name, p.bootstrap)
+        else:
+            assert p.value is not None, p.why
+
+
 def test_an_exponent_past_the_grid_is_no_number() -> None:
     design = design_of(list(np.geomspace(1e6, 1e10, 6)), list(np.geomspace(1e8, 1e11, 6)))
     loss = 1.69 + 5.0 / design.size**0.001 + 410.7 / design.data**0.28  # all but a constant

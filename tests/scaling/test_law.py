@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import curve_fit
+from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 from surfaces import ALPHA, BETA, DATA, FEW, SIZES, A, B, grid, value, with_neighbours
 
@@ -312,6 +313,41 @@ def test_a_damaged_law(law: Law, tmp_path: Path, damage: Callable[[str], str], s
         read_law(path)
 
 
+@pytest.mark.parametrize(("curved", "follows"), [(0.0, True), (0.05, False)])
+def test_lack_of_fit_is_told_from_noise_between_seeds(make_rows: Rows, curved: float, follows: bool) -> None:
+    def loss(size: float, data: float, k: int) -> float:
+        return with_neighbours(size, data, k) + curved * math.sin(math.log(size * data))
+
+    rows = make_rows(grid(), loss, noise=0.01, seeds=3)
+    law = fit_law(runs_of(rows, "runs"), FEW)
+    # The same by SciPy's F, from the squares that remain and those within configurations.
+    values = np.array([row["loss"] for row in rows]).reshape(-1, 3)
+    within = ((values - values.mean(1, keepdims=True)) ** 2).sum()
+    whole = law.deviation**2 * (values.size - law.form.n_parameters)
+    degrees = values.size - law.form.n_parameters - 2 * len(values), 2 * len(values)
+    chance = f_distribution.sf((whole - within) / degrees[0] / (within / degrees[1]), *degrees)
+    assert law.lack_of_fit == pytest.approx(chance, rel=1e-6)
+    assert (chance > 0.01) == follows
+    assert fit_law(runs_of(rows[::3], "runs"), FEW).lack_of_fit is None
+
+
+def test_runs_that_went_on_are_no_repeats(make_rows: Rows) -> None:
+    """The same N and unique cells after more epochs: another loss, and no noise."""
+    rows = make_rows(grid(), noise=0.001, seeds=2)
+    longer = [
+        row
+        | {"name": row["name"] + "-on", "cells": 2 * row["cells"], "tokens": 2 * row["tokens"]}
+        | {"flops": 2 * row["flops"], "epochs": 2.0, "loss": row["loss"] - 0.1}
+        for row in rows
+    ]
+    noise = fit_law(runs_of([*rows, *longer], "runs"), FEW).noise
+    assert noise.freedom == len(rows) and noise.deviation == pytest.approx(0.001, rel=0.4)
+
+
+def rows_in_the_middle(law: Law) -> tuple[float, float]:
+    return float(np.median(law.design.size)), float(np.median(law.design.data))
+
+
 def test_a_run_is_predicted_before_it_is_run(make_rows: Rows) -> None:
     rows = make_rows(grid(), noise=0.01, seeds=2)
     law = fit_law(runs_of(rows, "runs"), FEW)
@@ -320,18 +356,28 @@ def test_a_run_is_predicted_before_it_is_run(make_rows: Rows) -> None:
     size, data = largest["parameters_without_embeddings"], largest["unique_cells"]
     # As the fit itself predicts the largest runs that it leaves out.
     (one, *_) = law.predictions
-    loss, interval = predict_run(rest, size, data, 0)
-    assert loss == pytest.approx(one.predicted, rel=1e-9)
+    said = predict_run(rest, size, data, 0)
+    assert said.loss == pytest.approx(one.predicted, rel=1e-9)
     # The noise is drawn anew.
-    assert interval == pytest.approx(one.interval, abs=0.05 * (one.interval[1] - one.interval[0]))
+    assert said.interval == pytest.approx(one.interval, abs=0.05 * (one.interval[1] - one.interval[0]))
+    assert said.flops == pytest.approx(largest["flops"], rel=0.01)
+    assert any(remark.startswith("training FLOPs of ") for remark in said.remarks)
+    assert predict_run(rest, *rows_in_the_middle(rest), 0).remarks == []
 
 
 @pytest.mark.parametrize(
     ("size", "data", "k", "told"),
     [
         (1e7, 1e9, 3, "--k: 3 was not measured; give one of 0"),
-        (1e13, 1e9, 0, r"--size: 1e\+13 is far from what was measured, .*; add --extrapolate"),
-        (1e7, 1.0, 0, "--data: 1 is far from what was measured"),
+        (
+            1e13,
+            1e9,
+            0,
+            r"--size: N = 1e\+13 is 1e\+03 times above the largest measured .*; add --extrapolate",
+        ),
+        (1e7, 1.0, 0, r"--data: D = 1 is 1e\+08 times below the smallest measured"),
+        # Neither N nor D is ten times beyond, and what they cost together is.
+        (9e10, 2.7e12, 0, "--size: training FLOPs of 1.46e.24 is 81 times above the largest measured"),
         (-1.0, 1e9, 0, "--size: -1.0 is out of range"),
     ],
 )

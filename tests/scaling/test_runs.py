@@ -33,6 +33,17 @@ def test_columns_are_those_of_the_file(
     assert isinstance(runs.take(runs.k == 4), Runs) and runs.take(runs.k == 4).name == ("run-1-0", "run-1-1")
 
 
+def test_runs_are_chosen_by_name(make_rows: Callable[..., Any], write_rows: Callable[..., Path]) -> None:
+    path = write_rows([*(rows := make_rows(POINTS, seeds=2)), rows[0] | {"name": "twin-of-it"}])
+    assert read_runs(path, without=["twin-*"])[0].name == tuple(row["name"] for row in rows)
+    assert read_runs(path, only=["run-0-*", "run-2-*"], without=["*-1"])[0].name == ("run-0-0", "run-2-0")
+    for flag, told in (("only", "--only: no run of .* is named run-9"), ("without", "--without: no run of")):
+        with pytest.raises(InputError, match=told):
+            read_runs(path, **{flag: ["run-9"]})
+    with pytest.raises(InputError, match="holds no runs"):
+        read_runs(path, without=["*"])
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
