@@ -16,7 +16,7 @@ from scfm_jax.corpus.subset import unique_cells
 from scfm_jax.data.loader import Loader, Reader
 from scfm_jax.data.mixture import MixedStreams, slide_weights
 from scfm_jax.data.stream import CellBlocks
-from scfm_jax.data.tokens import EVALUATION_STEP
+from scfm_jax.data.tokens import EVALUATION_STEP, SampleConfig
 from scfm_jax.errors import InputError
 from scfm_jax.models.flops import Load, training_flops
 from scfm_jax.scaling.sizes import Size, size_of
@@ -184,8 +184,14 @@ def _spending(run: SweepRun, config: RunConfig, of_step: float) -> RunConfig:
 
 
 def _shape(config: RunConfig) -> str:
-    """What the static lengths of a run's batches depend on, but for which cells it trains on."""
-    data = replace(config.data, lengths=(), weights=())
+    """What the static lengths of a run's batches depend on, but for which cells and neighbours it reads.
+
+    A control's other neighbours are much as long, and what is longer than all lengths gets one of its own.
+    """
+    sample = config.data.sample
+    if isinstance(sample, SampleConfig):
+        sample = replace(sample, skip_nearest=0, exchanged_within=())
+    data = replace(config.data, lengths=(), weights=(), sample=sample)
     return repr((data, config.objective.rates, config.technologies))
 
 

@@ -10,6 +10,7 @@ from tiny_runs import small
 
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import SplitConfig, split_cells
+from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.sweep import Sweep, SweepRun
 from scfm_jax.scaling.sweep_plan import plan_sweep
@@ -84,6 +85,15 @@ def test_runs_that_differ_in_seed_rate_steps_and_cells_share_their_compilations(
         batch = next(task.loader(cells, (0, 1)).iterate(0, 1))
         texts.append(program.step.lower(program.like, batch, program.given(0)).as_text())
     assert texts[0] == texts[1]
+
+
+def test_controls_share_the_lengths_of_what_they_control(config: RunConfig) -> None:
+    true = small(config, k=2)
+    ring = replace(true, data=replace(true.data, sample=SampleConfig(neighbours=2, skip_nearest=2)))
+    corpus, runs = Corpus.open(config.corpus), (SweepRun("true", true), SweepRun("ring", ring))
+    planned = plan_sweep(Sweep("two", runs), corpus)
+    lengths = {each.run.name: each.run.config.data.lengths for each in planned}
+    assert lengths["ring"] == lengths["true"] != ()
 
 
 # The runs of the tests above, so that no more is compiled.
