@@ -4,8 +4,7 @@ Stage 1 learns from cells alone: five sizes by three amounts of data, four epoch
 three seeds of two sizes at 16,000 cells, half an epoch with k neighbours, k = 0 too: the same centres under
 the same masks. Two controls at k = 16: neighbours exchanged for others of their slide and cell type, and the
 nearest ring of six left out, into which transcripts spill over the border of a cell. Last, k = 0 and 4 for
-four epochs, at these sizes and at one of four heads: whether half an epoch is too short, or one or two heads
-too few, to learn what neighbours say.
+four epochs, and the controls of these: half an epoch is too short to learn what neighbours say.
 """
 
 from dataclasses import replace
@@ -21,7 +20,7 @@ SIZES = {8: 2_921, 16: 10_961, 32: 40_049, 64: 157_409, 96: 345_121}
 CELLS, EPOCHS = (4_000, 16_000, 64_000), 4.0
 SECOND_WIDTHS, SECOND_CELLS, SECOND_EPOCHS, SEEDS = (16, 32), 16_000, 0.5, (0, 1, 2)
 NEIGHBOURS, MOST_NEIGHBOURS = (0, 4, 16), 64
-FEW_NEIGHBOURS, LONG_EPOCHS, LONG_SEEDS = (0, 4), 4.0, {16: SEEDS, 32: (0,), 64: (0,)}
+LONG_NEIGHBOURS, LONG_EPOCHS = (0, 4), 4.0
 CONTROLS: dict[str, dict[str, Any]] = {
     "exchanged": {"exchanged_within": ("cell_type", "cluster")},
     "ring": {"skip_nearest": 6},
@@ -53,27 +52,29 @@ def with_neighbours() -> list[SweepRun]:
             begun = f"w{width}-d{SECOND_CELLS}-s{seed}"
             for k in NEIGHBOURS:
                 runs.append(SweepRun(f"{begun}-k{k}", second(width, k, seed), after=begun))
-            for name, control in CONTROLS.items():
-                config = second(width, 16, seed)
-                sample = replace(config.data.sample, **control)
-                runs.append(
-                    SweepRun(
-                        f"{begun}-k16-{name}",
-                        replace(config, data=replace(config.data, sample=sample)),
-                        after=begun,
-                    )
-                )
-    for width, seeds in LONG_SEEDS.items():
-        for seed in seeds:
-            begun = f"w{width}-d{SECOND_CELLS}-s{seed}"
-            for k in FEW_NEIGHBOURS:
-                if width not in SECOND_WIDTHS:
-                    runs.append(SweepRun(f"{begun}-k{k}", second(width, k, seed), after=begun))
+            runs += controls(f"{begun}-k16", second(width, 16, seed), begun)
+            for k in LONG_NEIGHBOURS:
                 config = second(width, k, seed, epochs=LONG_EPOCHS)
                 runs.append(SweepRun(f"{begun}-k{k}-long", config, after=begun))
+    wide = SECOND_WIDTHS[-1]
+    begun = f"w{wide}-d{SECOND_CELLS}-s0"
+    runs += controls(f"{begun}-k4-long", second(wide, 4, 0, epochs=LONG_EPOCHS), begun)
     narrow = SECOND_WIDTHS[0]
     begun = f"w{narrow}-d{SECOND_CELLS}-s0"
     return [*runs, SweepRun(f"{begun}-k{MOST_NEIGHBOURS}", second(narrow, MOST_NEIGHBOURS, 0), after=begun)]
+
+
+def controls(name: str, config: RunConfig, begun: str) -> list[SweepRun]:
+    """A run with neighbours, its neighbours other ones."""
+    data = config.data
+    return [
+        SweepRun(
+            f"{name}-{control}",
+            replace(config, data=replace(data, sample=replace(data.sample, **change))),
+            after=begun,
+        )
+        for control, change in CONTROLS.items()
+    ]
 
 
 def first(width: int, cells: int, seed: int) -> RunConfig:

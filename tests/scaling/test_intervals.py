@@ -16,9 +16,10 @@ from scfm_jax.scaling.intervals import Parameter, bootstrap, draw_weights, param
 from scfm_jax.scaling.least_squares import fit
 
 # Chinchilla's surface, with a power law in k, and one of masked models of single cells.
-TRUTH = {"E": 1.69, "alpha": 0.34, "beta": 0.28, "A": 406.4, "B": 410.7, "gamma": 0.9, "k0": 4.0, "C": 1.2}
+TRUTH = {"E": 1.69, "alpha": 0.34, "beta": 0.28, "A": 406.4, "B": 410.7}
+TRUTH |= {"gamma": 0.9, "k0": 4.0, "C": 1.2, "F": 200.0}
 SINGLE_CELL = {"E": 1.44, "alpha": 0.234, "beta": 0.4, "A": 30.0, "B": 600.0}
-KS = (0, 4, 16, 64)
+KS, MANY_KS = (0, 4, 16, 64), (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def grid_design(ks: tuple[int, ...], sizes: int = 7, data: int = 6) -> Design:
@@ -78,7 +79,10 @@ def test_intervals_hold_the_truth() -> None:
         ("plain", (0,), TRUTH),
         ("plain", (0,), SINGLE_CELL),
         ("offset", KS, TRUTH),
-        ("power", (0, 1, 2, 4, 8, 16, 32, 64, 128), TRUTH),
+        ("offset_size", KS, TRUTH),
+        ("offset_data", KS, TRUTH),
+        ("power", MANY_KS, TRUTH),
+        ("power_size", MANY_KS, TRUTH),
     ],
 )
 def test_intervals_hold_the_truth_in_ninety_of_a_hundred_studies(
