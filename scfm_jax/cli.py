@@ -23,12 +23,12 @@ from scfm_jax.flags import GeneTables, Reading
 
 
 def train(
-    recipe: Positional[Path],
-    run: Positional[Path],
+    recipe: Positional[Annotated[Path, arg(metavar="RECIPE.py")]],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
     /,
     resume: bool = False,
-    distributed: str | None = None,
-    profile: str | None = None,
+    distributed: Annotated[str | None, arg(metavar="HOW")] = None,
+    profile: Annotated[str | None, arg(metavar="START:STOP")] = None,
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
     """Pretrain a model. Any field of the recipe is a flag: --corpus PATH --optimiser.steps 500.
@@ -71,16 +71,16 @@ def train(
 
 
 def embed(
-    run: Positional[Path],
-    file: Positional[Path],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
+    file: Positional[Annotated[Path, arg(metavar="FILE.h5ad")]],
     /,
     output: Annotated[Path, arg(aliases=["-o"])],
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
     pooling: Literal["mean", "max"] = "mean",
     over: Literal["genes", "context", "padding"] = "genes",
-    hidden_layer: int | None = None,
-    key_added: str | None = None,
+    hidden_layer: Annotated[int | None, arg(metavar="LAYER")] = None,
+    key_added: Annotated[str | None, arg(metavar="KEY")] = None,
     checkpoint: Literal["best", "last"] = "best",
     json: bool = False,
 ) -> None:
@@ -135,12 +135,12 @@ def embed(
 
 
 def import_weights(
-    weights: Positional[Path],
-    run: Positional[Path],
+    weights: Positional[Annotated[Path, arg(metavar="WEIGHTS")]],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
     /,
-    recipe: Path | None = None,
-    vocabulary: Path | None = None,
-    gene_names: Path | None = None,
+    recipe: Annotated[Path | None, arg(metavar="RECIPE.py")] = None,
+    vocabulary: Annotated[Path | None, arg(metavar="FILE")] = None,
+    gene_names: Annotated[Path | None, arg(metavar="FILE")] = None,
     technology_means: Annotated[tuple[str, ...], arg(metavar="NAME=FILE ...")] = (),
 ) -> None:
     """Make a run directory from published weights (AIDO.Tissue, Nicheformer).
@@ -191,8 +191,8 @@ def import_weights(
 
 
 def export_weights(
-    run: Positional[Path],
-    out: Positional[Path],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
+    out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
     format: Literal["published", "lightning", "stablehlo"] = "published",
     licence: str = "unknown",
@@ -223,7 +223,7 @@ def export_weights(
     print(f"{done.parameters:,} parameters exported{beside}: {out}")
 
 
-def demo(out: Positional[Path | None] = None, /) -> None:
+def demo(out: Positional[Annotated[Path | None, arg(metavar="[OUT]")]] = None, /) -> None:
     """Simulate a tissue, pretrain on it, embed and score held-out cells, write a report. Takes minutes.
 
     Parameters
@@ -270,9 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     name = next((name for name in _VERBS if words[: len(name.split())] == name.split()), None)
     if name is None:
-        asked = not words or words[0] in ("-h", "--help")
-        print(_usage() if asked else f"scfm: no verb {' '.join(words[:2])!r}; {_usage()}", file=sys.stderr)
-        return 0 if asked else 2
+        return _without_verb(words)
     verb, words = _VERBS[name], words[len(name.split()) :]
     if verb in _OWN_FLAGS:
         words, flags = _split_overrides(words, _OWN_FLAGS[verb])
@@ -295,10 +293,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _usage() -> str:
-    width = max(map(len, _VERBS))
-    lines = [f"  {name:<{width}} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in _VERBS.items()]
-    return "\n".join(["usage: scfm VERB ... (scfm VERB --help says more)", "", *lines])
+def _without_verb(words: Sequence[str]) -> int:
+    """Say which verbs there are, or which begin with a word such as corpus, where no whole verb is given."""
+    group = words[0] if words and any(name.startswith(f"{words[0]} ") for name in _VERBS) else ""
+    rest = words[1:] if group else words
+    if not rest or rest[0] in ("-h", "--help"):
+        print(_usage(group))
+        return 0
+    print(f"scfm: no verb {' '.join(words[:2])!r}; {_usage(group)}", file=sys.stderr)
+    return 2
+
+
+def _usage(group: str = "") -> str:
+    begin = f"{group} " if group else ""
+    verbs = {name: verb for name, verb in _VERBS.items() if name.startswith(begin)}
+    width = max(map(len, verbs))
+    lines = [f"  {name:<{width}} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in verbs.items()]
+    return "\n".join([f"usage: scfm {begin}VERB ... (scfm {begin}VERB --help says more)", "", *lines])
 
 
 def _split_overrides(words: list[str], its_own: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,13 +13,13 @@ from scfm_jax.flags import GeneTables, Reading, Workers
 
 
 def corpus_build(
-    out: Positional[str],
-    files: Positional[tuple[Path, ...]],
+    out: Positional[Annotated[str, arg(metavar="CORPUS")]],
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILE ...")]],
     /,
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
     sharing: Annotated[Workers, arg(name="")],
-    vocabulary: Path | None = None,
+    vocabulary: Annotated[Path | None, arg(metavar="FILE")] = None,
     min_counts: int = 1,
     neighbours: int = 64,
     codec: Literal["lz4", "zstd"] = "lz4",
@@ -66,8 +66,8 @@ def corpus_build(
 
 
 def corpus_add(
-    corpus: Positional[str],
-    files: Positional[tuple[Path, ...]],
+    corpus: Positional[Annotated[str, arg(metavar="CORPUS")]],
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILE ...")]],
     /,
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
@@ -91,7 +91,11 @@ def corpus_add(
     _write(add_sources, corpus, sources, json, **sharing.read(sources), **tables.read())
 
 
-def corpus_remove(corpus: Positional[str], slides: Positional[tuple[str, ...]], /) -> None:
+def corpus_remove(
+    corpus: Positional[Annotated[str, arg(metavar="CORPUS")]],
+    slides: Positional[Annotated[tuple[str, ...], arg(metavar="SLIDE ...")]],
+    /,
+) -> None:
     """Remove slides from a corpus.
 
     Parameters
@@ -107,7 +111,11 @@ def corpus_remove(corpus: Positional[str], slides: Positional[tuple[str, ...]], 
     _say_size(corpus)
 
 
-def corpus_merge(out: Positional[str], corpora: Positional[tuple[str, ...]], /) -> None:
+def corpus_merge(
+    out: Positional[Annotated[str, arg(metavar="OUT")]],
+    corpora: Positional[Annotated[tuple[str, ...], arg(metavar="CORPUS ...")]],
+    /,
+) -> None:
     """Make one corpus of several without copying a cell: it points to their slides.
 
     Parameters
@@ -123,7 +131,7 @@ def corpus_merge(out: Positional[str], corpora: Positional[tuple[str, ...]], /) 
     _say_size(out)
 
 
-def corpus_info(corpus: Positional[str], /, json: bool = False) -> None:
+def corpus_info(corpus: Positional[Annotated[str, arg(metavar="CORPUS")]], /, json: bool = False) -> None:
     """Say what a corpus holds.
 
     Parameters
@@ -148,7 +156,7 @@ def corpus_info(corpus: Positional[str], /, json: bool = False) -> None:
         print("  " + "  ".join(f"{name}={value}" for name, value in slide.items()))
 
 
-def corpus_verify(corpus: Positional[str], /) -> int:
+def corpus_verify(corpus: Positional[Annotated[str, arg(metavar="CORPUS")]], /) -> int:
     """Read every byte of a corpus against its checksums; exit 1 where something is damaged.
 
     Parameters

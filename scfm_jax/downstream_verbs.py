@@ -18,8 +18,8 @@ _TITLES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "ece": "ECE"}
 
 
 def probe(
-    run: Positional[Path],
-    file: Positional[Path],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
+    file: Positional[Annotated[Path, arg(metavar="FILE.h5ad")]],
     /,
     output: Annotated[Path, arg(aliases=["-o"])],
     labelling: Annotated[Labelling, arg(name="")],
@@ -27,7 +27,7 @@ def probe(
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
     way: Literal["probe", "mean", "neighbourhood"] = "probe",
-    key_added: str | None = None,
+    key_added: Annotated[str | None, arg(metavar="KEY")] = None,
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
     json: bool = False,
@@ -78,9 +78,9 @@ def probe(
 
 
 def finetune(
-    run: Positional[Path],
-    file: Positional[Path],
-    out: Positional[Path],
+    run: Positional[Annotated[Path, arg(metavar="RUN")]],
+    file: Positional[Annotated[Path, arg(metavar="FILE.h5ad")]],
+    out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
     labelling: Annotated[Labelling, arg(name="")],
     split: Annotated[Split, arg(name="split")],
@@ -88,9 +88,9 @@ def finetune(
     reading: Annotated[Reading, arg(name="")],
     tables: Annotated[GeneTables, arg(name="")],
     fold: int = 0,
-    annotate: Path | None = None,
-    merged: Path | None = None,
-    key_added: str | None = None,
+    annotate: Annotated[Path | None, arg(metavar="FILE.h5ad")] = None,
+    merged: Annotated[Path | None, arg(metavar="FOLDER")] = None,
+    key_added: Annotated[str | None, arg(metavar="KEY")] = None,
     checkpoint: Literal["best", "last"] = "best",
     seed: int = 0,
     json: bool = False,
@@ -162,7 +162,11 @@ def finetune(
 
 
 def evaluate(
-    suite: Positional[Path], out: Positional[Path], /, tasks: tuple[str, ...] = (), json: bool = False
+    suite: Positional[Annotated[Path, arg(metavar="SUITE.toml")]],
+    out: Positional[Annotated[Path, arg(metavar="OUT")]],
+    /,
+    tasks: tuple[str, ...] = (),
+    json: bool = False,
 ) -> None:
     """Compare models with baselines on the tasks of a suite, and write a report; goes on where it stopped.
 

@@ -20,15 +20,18 @@ _LACK_OF_FIT = 0.01  # a chance below which the form is said not to fit
 
 
 def fit(
-    results: Positional[Path],
+    results: Positional[Annotated[Path, arg(metavar="RESULTS.jsonl")]],
     /,
     output: Annotated[Path, arg(aliases=["-o"])],
-    family: str | None = None,
-    only: tuple[str, ...] = (),
-    without: tuple[str, ...] = (),
+    family: Annotated[str | None, arg(metavar="NAME")] = None,
+    only: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    without: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
     size: Literal["parameters_without_embeddings", "parameters"] = "parameters_without_embeddings",
     data: Literal["unique_cells", "cells", "tokens"] = "unique_cells",
-    form: Literal["plain", "offset", "offset_size", "offset_data", "power", "power_size"] | None = None,
+    form: Annotated[
+        Literal["plain", "offset", "offset_size", "offset_data", "power", "power_size"] | None,
+        arg(metavar="FORM"),
+    ] = None,
     draws: int = 1_000,
     held_out: int = 1,
     repeats: bool = False,
@@ -42,33 +45,34 @@ def fit(
     Parameters
     ----------
     results
-        JSON lines, one run each; docs/scaling.md lists the fields.
+        A file of JSON lines, one run each; docs/scaling.md lists the fields.
     output
-        The new file of the law (.json), for scfm scaling plot and recommend.
+        The new file of the law (.json), for scfm scaling plot, predict and recommend.
     family
-        Whose runs, where the file has several.
+        The family whose runs are fitted (tissue, nicheformer), where the file has several.
     only
         Names of the runs to take, where * stands for anything: 'w16-*' 'w32-*'.
     without
-        Names of runs to leave out, likewise: '*-ring' '*-exchanged' for controls.
+        Names of runs to leave out, where * stands for anything: '*-ring' '*-exchanged' for controls.
     size
-        What N is.
+        How the size N of a model is counted.
     data
-        What D is.
+        How the data D of a run is counted: different cells, cells seen, or tokens seen.
     form
-        Of the law; offset if not given (a floor for each k), or plain where there is one k.
+        The form of the law: plain, offset, offset_size, offset_data, power or power_size. If not given,
+        offset (a floor for each k), or plain where all runs have one k.
     draws
-        Of the bootstrap over runs.
+        Draws of the bootstrap over runs; 100 at least.
     held_out
-        Largest budgets of FLOPs whose runs to predict from the others; 0 for none.
+        Largest budgets of FLOPs that are left out, their runs predicted from the others; 0 for none.
     repeats
-        Fit the law to runs of one epoch or less, and what repeated data is worth to the others.
+        Fit the law to runs of one epoch or less, and to the others what repeated data is worth.
     drop_nan
         Leave runs out whose loss is no number.
     delta
-        Of the Huber estimator, in log loss.
+        Residual of the log loss from which on the Huber estimator counts it linearly.
     seed
-        Of what is drawn.
+        Seed of the bootstrap and of all else that is drawn.
     json
         Print the law as JSON, without runs and draws.
     """
@@ -96,7 +100,12 @@ def fit(
     print(f"the law: {output}")
 
 
-def plot(law: Positional[Path], out: Positional[Path], /, json: bool = False) -> None:
+def plot(
+    law: Positional[Annotated[Path, arg(metavar="LAW.json")]],
+    out: Positional[Annotated[Path, arg(metavar="FOLDER")]],
+    /,
+    json: bool = False,
+) -> None:
     """Draw a law: loss against compute, IsoFLOP curves, residuals, k, intervals, predictions; PNG and SVG.
 
     Parameters
@@ -104,9 +113,9 @@ def plot(law: Positional[Path], out: Positional[Path], /, json: bool = False) ->
     law
         A file that scfm scaling fit wrote.
     out
-        The new folder.
+        The new folder of the figures, each as .png and .svg.
     json
-        Print the captions as JSON.
+        Print the captions of the figures as JSON.
     """
     from scfm_jax.downstream.outputs import check_new, written_whole
     from scfm_jax.scaling.law_figures import draw_law
@@ -125,12 +134,12 @@ def plot(law: Positional[Path], out: Positional[Path], /, json: bool = False) ->
 
 
 def recommend(
-    law: Positional[Path],
+    law: Positional[Annotated[Path, arg(metavar="LAW.json")]],
     /,
-    flops: float | None = None,
-    chips: int | None = None,
-    hours: float | None = None,
-    device: str | None = None,
+    flops: Annotated[float | None, arg(metavar="FLOPS")] = None,
+    chips: Annotated[int | None, arg(metavar="NUMBER")] = None,
+    hours: Annotated[float | None, arg(metavar="HOURS")] = None,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
     mfu: float = 0.35,
     extrapolate: bool = False,
     json: bool = False,
@@ -142,17 +151,17 @@ def recommend(
     law
         A file that scfm scaling fit wrote.
     flops
-        The budget in model FLOPs of the whole training; or give --chips, --hours and --device.
+        The budget in model FLOPs of the whole training. In its place --chips, --hours and --device.
     chips
-        Accelerators.
+        Number of accelerators that the training has, with --hours and --device.
     hours
-        For which they train.
+        Hours that the training has, with --chips and --device.
     device
-        v4, v5e, v5p, v6e, a100, h100, h200 or b200.
+        Kind of accelerator: v4, v5e, v5p, v6e, a100, h100, h200 or b200.
     mfu
-        Share of their dense bf16 peak that is reached as model FLOPs; scfm plan says at most how much.
+        Share of the accelerators' dense bf16 peak that model FLOPs reach; scfm plan says how much at most.
     extrapolate
-        Answer where the law refuses to, and say why it would.
+        Answer where the law refuses to, and say why it would refuse.
     json
         Print the answer as JSON.
     """
@@ -178,7 +187,7 @@ def recommend(
 
 
 def predict(
-    law: Positional[Path],
+    law: Positional[Annotated[Path, arg(metavar="LAW.json")]],
     /,
     size: float,
     data: float,
@@ -193,13 +202,13 @@ def predict(
     law
         A file that scfm scaling fit wrote.
     size
-        N, counted as the law counts it; scfm scaling run --plan says it of the runs of a sweep.
+        Size N of the model, counted as the law counts it; scfm scaling run --plan prints it for a sweep.
     data
-        D, likewise.
+        Data D of the run, counted as the law counts it; scfm scaling run --plan prints it for a sweep.
     k
-        Neighbours, one of those that were measured.
+        Neighbours of a centre cell, a number that was measured.
     extrapolate
-        Answer far from what was measured.
+        Answer far from what was measured too.
     json
         Print the answer as JSON.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from scfm_jax.scaling.plan import Plan
@@ -18,7 +18,7 @@ OWN_FLAGS = ("--topology", "--batch", "--expressed", "--panel", "--vocabulary", 
 
 
 def plan(
-    recipe: Positional[Path],
+    recipe: Positional[Annotated[Path, arg(metavar="RECIPE.py")]],
     /,
     topology: str,
     batch: int = 0,

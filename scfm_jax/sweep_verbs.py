@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from scfm_jax.console import TrainingBar, print_json
 from scfm_jax.errors import InputError
@@ -31,13 +31,13 @@ OWN_FLAGS = (
 
 
 def run(
-    sweep: Positional[Path],
-    out: Positional[Path | None] = None,
+    sweep: Positional[Annotated[Path, arg(metavar="SWEEP.py")]],
+    out: Positional[Annotated[Path | None, arg(metavar="[OUT]")]] = None,
     /,
-    index: int | None = None,
+    index: Annotated[int | None, arg(metavar="PLACE")] = None,
     plan: bool = False,
     slurm: bool = False,
-    distributed: str | None = None,
+    distributed: Annotated[str | None, arg(metavar="HOW")] = None,
     json: bool = False,
     overrides: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> int:
@@ -52,17 +52,17 @@ def run(
     sweep
         A Python file with a function sweep(); see experiments/sweeps/.
     out
-        The folder of results; runs/NAME if not given.
+        The folder of results, new or that of an earlier call; runs/ and the sweep's name if not given.
     index
-        Run the one run of this place in the plan alone, from 0, as a job of an array.
+        Run one run alone, as a job of an array does: its place in the plan, counted from 0.
     plan
         Print what the runs will take, and train nothing.
     slurm
         Write scripts that submit the runs to SLURM as job arrays, and train nothing.
     distributed
-        How several hosts find each other, as of scfm train.
+        How several hosts find each other: auto, ADDRESS:PORT,COUNT,NUMBER, or off; see scfm train --help.
     json
-        Print the plan, or the rows, as JSON.
+        Print the plan, or the rows of results, as JSON.
     """
     from scfm_jax.compilations import cache_compilations
     from scfm_jax.corpus import Corpus
@@ -181,11 +181,11 @@ def _print_plan(planned: Sequence[PlannedRun], done: Sequence[bool], json: bool)
 
 
 def compare(
-    out: Positional[Path],
+    out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
-    of: tuple[str, ...],
-    than: str,
-    corpus: Path | None = None,
+    of: Annotated[tuple[str, ...], arg(metavar="NAME ...")],
+    than: Annotated[str, arg(metavar="NAME")],
+    corpus: Annotated[Path | None, arg(metavar="CORPUS")] = None,
     part: str = "loss",
     draws: int = 1_000,
     seed: int = 0,
@@ -198,21 +198,22 @@ def compare(
     Parameters
     ----------
     out
-        The folder of scfm scaling run.
+        The folder of results that scfm scaling run wrote.
     of
-        Names of runs; * stands for anything, the seed say, and all that fit are taken together.
+        Names of the runs whose gain is asked. A * stands for anything, the seed say; all that fit one name
+        are taken together.
     than
-        The name of the runs that they are held against, with the same *.
+        Name of the runs that they are held against, with a * in the same places.
     corpus
-        The corpus, if it has moved since.
+        The corpus that the runs learnt from, if it has moved since.
     part
-        Of the errors: loss, or for AIDO.Tissue nonzero or zero, for Nicheformer top1.
+        What is compared: loss, or for AIDO.Tissue its part nonzero or zero, or for Nicheformer top1.
     draws
-        Of the bootstrap over blocks.
+        Draws of the bootstrap over blocks of tissue; 100 at least.
     seed
-        Of the bootstrap.
+        Seed of the bootstrap over blocks of tissue.
     json
-        Print JSON.
+        Print the gains as JSON.
     """
     from scfm_jax.scaling.gains import gains
     from scfm_jax.scaling.sweep_run import SweepFolder

@@ -89,6 +89,7 @@ def test_embed(finished, slide, tmp_path, capsys):
         (["embed", "{run}", "{new}.h5ad", "-o", "{new}2.h5ad", *READING], "no such file"),
         (["demo", "{corpus}"], "exists already"),
         (["fly"], "no verb"),
+        (["scaling", "fly"], "no verb 'scaling fly'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(words, told, finished, corpus_path, slide, tmp_path, capsys):
@@ -106,5 +107,53 @@ def test_bad_input_is_one_line_and_status_2(words, told, finished, corpus_path, 
     assert told in said.err
     lines = said.err.strip().splitlines()
     assert lines[0].startswith("scfm: ")
-    assert len(lines) == 1 or words == ["fly"]
+    assert len(lines) == 1 or words[-1] == "fly"
     assert sorted(tmp_path.iterdir()) == before
+
+
+GROUPS = {
+    "corpus": ["build", "add", "remove", "merge", "info", "verify"],
+    "scaling": ["run", "compare", "fit", "plot", "predict", "recommend"],
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], []])
+def test_a_group_of_verbs_lists_them(group, asked, capsys):
+    assert main([group, *asked]) == 0
+    said = capsys.readouterr()
+    first, empty, *lines = said.out.splitlines()
+    assert first.startswith(f"usage: scfm {group} VERB") and empty == said.err == ""
+    assert [line.split()[:2] for line in lines] == [[group, verb] for verb in GROUPS[group]]
+    assert all(line.endswith((".", "damaged.", "PATH")) and len(line.split()) > 5 for line in lines)
+
+
+def test_all_verbs_are_listed(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr()
+    verbs = [f"  {group} {verb} " for group, names in GROUPS.items() for verb in names]
+    assert all(verb in said.out for verb in ["  demo ", "  train ", "  export ", *verbs])
+    assert said.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "positionals"),
+    [
+        (["train"], "RECIPE.py RUN"),
+        (["corpus", "merge"], "OUT CORPUS ..."),
+        (["scaling", "run"], "SWEEP.py [OUT]"),
+        (["scaling", "compare"], "OUT"),
+        (["scaling", "fit"], "RESULTS.jsonl"),
+        (["scaling", "plot"], "LAW.json FOLDER"),
+        (["scaling", "predict"], "LAW.json"),
+        (["scaling", "recommend"], "LAW.json"),
+    ],
+)
+def test_help_says_what_is_asked_for(words, positionals, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--help"])
+    said = capsys.readouterr().out
+    usage = " ".join(said.split("\n\n")[0].split())
+    assert left.value.code == 0
+    assert f"] {positionals}" in usage and "PATH" not in usage and "STR" not in usage
+    assert "{None}" not in said and "None," not in said
