@@ -10,12 +10,14 @@ from tyro.conf import Positional, arg
 
 from scfm_jax.console import Bar, print_json
 from scfm_jax.errors import InputError
+from scfm_jax.flags import MOST_DRAWS, check_count
 
 if TYPE_CHECKING:
     from scfm_jax.scaling.law import Law
     from scfm_jax.scaling.recommend import Recommendation
 
 _NAMED = 3  # runs of a kind
+_MFU = 0.35
 
 
 def fit(
@@ -70,9 +72,9 @@ def fit(
     from scfm_jax.scaling.law_file import record_of, write_law
     from scfm_jax.scaling.runs import read_runs
 
-    for flag, value, least in (("--draws", draws, 100), ("--held-out", held_out, 0)):
-        if value < least:
-            raise InputError(flag, f"{value} is too few", f"give {least} or more")
+    check_count("--draws", draws, 100, MOST_DRAWS)
+    check_count("--held-out", held_out, 0)
+    check_count("--seed", seed, 0)
     if not 0 < delta < 1:
         raise InputError("--delta", f"{delta} is no deviation of a log loss", "give a number from 0 to 1")
     check_new(output)
@@ -106,8 +108,9 @@ def plot(law: Positional[Path], out: Positional[Path], /, json: bool = False) ->
     from scfm_jax.scaling.law_file import read_law
 
     check_new(out)
+    fitted = read_law(law)
     with written_whole(out) as partial:
-        captions = draw_law(read_law(law), partial)
+        captions = draw_law(fitted, partial)
     if json:
         print_json(captions)
         return
@@ -124,7 +127,7 @@ def recommend(
     chips: int | None = None,
     hours: float | None = None,
     device: str | None = None,
-    mfu: float = 0.35,
+    mfu: float | None = None,
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
@@ -143,7 +146,8 @@ def recommend(
     device
         v4, v5e, v5p, v6e, a100, h100, h200 or b200.
     mfu
-        Share of their dense bf16 peak that is reached as model FLOPs; scfm plan says at most how much.
+        Share of their dense bf16 peak that is reached as model FLOPs, .35 if not given; scfm plan says at
+        most how much.
     extrapolate
         Answer where the law refuses to, and say why it would.
     json
@@ -155,13 +159,13 @@ def recommend(
     from scfm_jax.scaling.law_file import read_law
 
     machine = (chips, hours, device)
-    if any(each is not None for each in machine) if flops is not None else None in machine:
+    if any(each is not None for each in (*machine, mfu)) if flops is not None else None in machine:
         raise InputError(
             "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"
         )
     if flops is None:
         assert chips is not None and hours is not None and device is not None
-        flops = frontier.budget_of(chips, hours, device, mfu)
+        flops = frontier.budget_of(chips, hours, device, _MFU if mfu is None else mfu)
     fitted = read_law(law)
     answer = frontier.recommend(fitted, flops, extrapolate=extrapolate, where=law)
     if json:

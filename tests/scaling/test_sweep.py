@@ -206,7 +206,7 @@ def test_two_sweeps_in_one_folder_are_judged_alike_or_refused(
         run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(out))
     assert (out / "results.jsonl").read_bytes() == before
     (tmp_path / "judged.json").write_text("{")
-    with pytest.raises(InputError, match=r"judged.json: cannot be read .*; remove it"):
+    with pytest.raises(InputError, match=r"judged.json: is no JSON .*; remove it"):
         run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(tmp_path))
 
 
@@ -267,13 +267,13 @@ def test_a_row_of_another_job_is_not_lost(tmp_path: Path, monkeypatch: pytest.Mo
     assert [*rows_of(tmp_path)] == ["b", "c", "a"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"name": "a"}'])
-def test_a_damaged_row_is_named(tmp_path: Path, text: str) -> None:
-    folder = SweepFolder(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '{"name": "a"}', None])
+def test_a_damaged_row_is_named(tmp_path: Path, text: str | None) -> None:
+    folder, path = SweepFolder(tmp_path), tmp_path / "rows" / "a.json"
     folder.make("rows")
-    (tmp_path / "rows" / "a.json").write_text(text)
+    path.mkdir() if text is None else path.write_text(text)
     for read in (lambda: folder.row("a"), folder.gather):
-        with pytest.raises(InputError, match=r"rows/a.json: is no row of a run.*; remove it, and the run is"):
+        with pytest.raises(InputError, match=r"rows/a.json: (is|has|cannot) .*; remove it, and the run is"):
             read()
 
 
@@ -418,8 +418,10 @@ def test_the_verb_plans_runs_and_goes_on(
     assert rows_of(tmp_path / "out").keys() == {"seed0", "seed1"}
     assert main([*words, "--plan"]) == 0
     assert capsys.readouterr().out.count("(done)") == 2
-    assert main([*words, "--plan", "--seed", "3"]) == 2
+    assert main([*words, "--plan", "--optimiser.clip", "3"]) == 2
     assert "run seed0 was made with another config" in capsys.readouterr().err
+    assert main([*words, "--plan", "--seed", "3"]) == 2
+    assert "run seed1: trains what run seed0 does" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
