@@ -358,7 +358,7 @@ def test_a_run_that_diverges_has_no_loss(config: RunConfig, tmp_path: Path) -> N
     sweep, corpus = Sweep("wild", (SweepRun("wild", wild),), evaluate_cells=16), Corpus.open(config.corpus)
     results = run_planned(sweep, plan_sweep(sweep, corpus), corpus, SweepFolder(tmp_path / "wild"))
     assert rows_of(results.parent)["wild"]["loss"] is None
-    with pytest.raises(InputError, match="loss is no number in wild; add --drop-nan"):
+    with pytest.raises(InputError, match=r"loss is no number in wild \(line 1\); add --drop-nan"):
         read_runs(results)
 
 
