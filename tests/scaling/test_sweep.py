@@ -161,6 +161,8 @@ def test_gains_are_of_pairs_on_the_same_cells(
         (["--than", "k4-*"], "run k4-a, which k2-a is held against, is not done"),
         (["--part", "top1"], "give one of loss"),
         (["--draws", "1"], "--draws"),
+        (["--draws", "1000000000"], "--draws: 1000000000 is too high"),
+        (["--seed", "-1"], "--seed: -1 is too low"),
         (["--of"], "--of: names no runs"),
     ):
         assert main([*command, *flags]) == 2
