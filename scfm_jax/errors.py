@@ -29,8 +29,12 @@ def check_least(config: object, least: float, *fields: str) -> None:
     """Raise ValueError for the first of a config's fields that is below `least`, or no number."""
     for field in fields:
         value = getattr(config, field)
-        if not least <= value < float("inf"):
-            raise ValueError(f"{field} is {value}, not a number from {least:g}")
+        try:
+            good = least <= value < float("inf")
+        except TypeError:
+            good = False
+        if not good:
+            raise ValueError(f"{field} is {value!r}, not a number from {least:g}")
 
 
 class DataWarning(UserWarning):

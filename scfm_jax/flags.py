@@ -12,8 +12,17 @@ from tyro.conf import arg
 from scfm_jax.errors import InputError
 
 _LARGE = 1 << 28
+MOST_DRAWS = 100_000  # of a bootstrap, whose draws lie in memory at once
 Labels = Annotated[str, arg(metavar="COLUMN,...")]
 Values = Annotated[str, arg(metavar="VALUE,...")]
+
+
+def check_count(flag: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise InputError for a whole number that is out of range."""
+    if value < least:
+        raise InputError(flag, f"{value} is too low", f"give {least} or more")
+    if most is not None and value > most:
+        raise InputError(flag, f"{value} is too high", f"give {most:,} or less")
 
 
 @dataclasses.dataclass

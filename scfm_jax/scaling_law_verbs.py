@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from scfm_jax.console import Bar, print_json
 from scfm_jax.errors import InputError
+from scfm_jax.flags import MOST_DRAWS, check_count
 
 if TYPE_CHECKING:
     from scfm_jax.scaling.law import Law
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAMED = 3  # runs of a kind
 _LACK_OF_FIT = 0.01  # a chance below which the form is said not to fit
+_MFU = 0.35
 
 
 def fit(
@@ -81,9 +83,9 @@ def fit(
     from scfm_jax.scaling.law_file import record_of, write_law
     from scfm_jax.scaling.runs import read_runs
 
-    for flag, value, least in (("--draws", draws, 100), ("--held-out", held_out, 0)):
-        if value < least:
-            raise InputError(flag, f"{value} is too few", f"give {least} or more")
+    check_count("--draws", draws, 100, MOST_DRAWS)
+    check_count("--held-out", held_out, 0)
+    check_count("--seed", seed, 0)
     if not 0 < delta < 1:
         raise InputError("--delta", f"{delta} is no deviation of a log loss", "give a number from 0 to 1")
     check_new(output)
@@ -122,8 +124,9 @@ def plot(
     from scfm_jax.scaling.law_file import read_law
 
     check_new(out)
+    fitted = read_law(law)
     with written_whole(out) as partial:
-        captions = draw_law(read_law(law), partial)
+        captions = draw_law(fitted, partial)
     if json:
         print_json(captions)
         return
@@ -140,7 +143,7 @@ def recommend(
     chips: Annotated[int | None, arg(metavar="NUMBER")] = None,
     hours: Annotated[float | None, arg(metavar="HOURS")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
-    mfu: float = 0.35,
+    mfu: Annotated[float | None, arg(metavar="SHARE")] = None,
     extrapolate: bool = False,
     json: bool = False,
 ) -> None:
@@ -159,7 +162,8 @@ def recommend(
     device
         Kind of accelerator: v4, v5e, v5p, v6e, a100, h100, h200 or b200.
     mfu
-        Share of the accelerators' dense bf16 peak that model FLOPs reach; scfm plan says how much at most.
+        Share of the accelerators' dense bf16 peak that model FLOPs reach, .35 if not given; scfm plan says
+        how much at most.
     extrapolate
         Answer where the law refuses to, and say why it would refuse.
     json
@@ -171,13 +175,13 @@ def recommend(
     from scfm_jax.scaling.law_file import read_law
 
     machine = (chips, hours, device)
-    if any(each is not None for each in machine) if flops is not None else None in machine:
+    if any(each is not None for each in (*machine, mfu)) if flops is not None else None in machine:
         raise InputError(
             "--flops", "is not the one budget given", "give it, or --chips, --hours and --device"
         )
     if flops is None:
         assert chips is not None and hours is not None and device is not None
-        flops = frontier.budget_of(chips, hours, device, mfu)
+        flops = frontier.budget_of(chips, hours, device, _MFU if mfu is None else mfu)
     fitted = read_law(law)
     answer = frontier.recommend(fitted, flops, extrapolate=extrapolate, where=law)
     if json:

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from scfm_jax.console import TrainingBar, print_json
 from scfm_jax.errors import InputError
+from scfm_jax.flags import MOST_DRAWS, check_count
 
 if TYPE_CHECKING:
     from scfm_jax.scaling.sweep_plan import PlannedRun
@@ -218,8 +219,8 @@ def compare(
     from scfm_jax.scaling.gains import gains
     from scfm_jax.scaling.sweep_run import SweepFolder
 
-    if draws < (least := 100):
-        raise InputError("--draws", f"{draws} is too few", f"give {least} or more")
+    check_count("--draws", draws, 100, MOST_DRAWS)
+    check_count("--seed", seed, 0)
     found = gains(SweepFolder(out), of, than, corpus=corpus, part=part, draws=draws, seed=seed)
     rows = [asdict(gain) for gain in found]
     if json:

@@ -5,7 +5,7 @@ python tools/fit_rates.py runs/tissue_rates/results.jsonl --batch 32 --size 4000
 
 from __future__ import annotations
 
-import json
+import reprlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,10 @@ import numpy as np
 import tyro
 
 from scfm_jax.errors import InputError
+from scfm_jax.json_files import as_float, read_json_lines
 from scfm_jax.scaling.transfer import FittedRule, TransferRule, fit_rates
+
+COLUMNS = ("parameters_without_embeddings", "batch_size", "peak_rate", "loss")
 
 
 @dataclass
@@ -30,15 +33,18 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    try:
-        rows = [json.loads(line) for line in arguments.results.read_text().splitlines()]
-        columns = [
-            np.array([np.nan if row[name] is None else row[name] for row in rows], np.float64)
-            for name in ("parameters_without_embeddings", "batch_size", "peak_rate", "loss")
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        mend = "give the results.jsonl that scfm scaling run wrote"
-        raise InputError(arguments.results, f"holds no runs of a sweep ({error!r})", mend) from error
+    mend = "give the results.jsonl that scfm scaling run wrote"
+    rows = read_json_lines(arguments.results, mend)
+    for line, row in rows.items():
+        for name in COLUMNS:
+            if as_float(row.get(name)) is None and not (name == "loss" in row and row[name] is None):
+                problem = f"{name} is {reprlib.repr(row.get(name))}, no number"
+                raise InputError(f"{arguments.results}:{line}", problem, mend)
+    # A run that diverged has no loss.
+    columns = [
+        np.array([np.nan if row[name] is None else as_float(row[name]) for row in rows.values()], np.float64)
+        for name in COLUMNS
+    ]
     for flag, value in (("--size", arguments.size), ("--batch", arguments.batch)):
         if not 0 < value < np.inf:
             raise InputError(flag, f"{value} is out of range", "give a number above 0")

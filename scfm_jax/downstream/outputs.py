@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,26 @@ from scfm_jax.errors import DataWarning, InputError
 
 
 def check_new(out: Path) -> None:
-    """Raise InputError where something is called `out` already, or its folder is not there."""
+    """Raise InputError where something is called `out` already, or nothing can be."""
     if os.path.lexists(out):
         raise InputError(out, "exists already", "name another output or remove it")
-    if not out.parent.is_dir():
-        raise InputError(out, "its folder does not exist", "make it first")
+    with writing(out):
+        if not out.parent.is_dir():
+            raise InputError(out, "its folder does not exist", "make it first")
+        # No look at permissions knows of read-only systems and of names that are too long.
+        out.touch(exist_ok=False)
+        out.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise InputError where the system refuses; what is done within writes `path` alone."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            path, f"cannot be written: {error.strerror or error}", "name another place"
+        ) from error
 
 
 @contextmanager
@@ -50,12 +66,21 @@ def claimed(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` for a file or a folder, which becomes `out` unless something goes wrong."""
-    partial = out.with_name(out.name + ".partial")
-    try:
-        yield partial
-        partial.replace(out)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+    """A place beside `out` for a file or a folder, which becomes `out` unless something goes wrong.
+
+    It is the caller's alone, whoever else writes the same at the same time.
+
+    Raises
+    ------
+    InputError
+        The system refuses to write it.
+    """
+    partial = out.with_name(f"{out.name[:50]}.{uuid.uuid4().hex}.partial")
+    with writing(out):
+        try:
+            yield partial
+            partial.replace(out)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)

@@ -3,53 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import math
+import typing
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64
 
 from scfm_jax.errors import InputError
-from scfm_jax.scaling.comparison import Compared, Influence, Noise, forms_for
-from scfm_jax.scaling.frontier import Cost
-from scfm_jax.scaling.intervals import Parameter
-from scfm_jax.scaling.isoflop import Parabola, Trend, best_neighbours
-from scfm_jax.scaling.law import Effect, Law, LawConfig, design_of
-from scfm_jax.scaling.prediction import Prediction
+from scfm_jax.json_files import read_json
+from scfm_jax.scaling.comparison import forms_for
+from scfm_jax.scaling.forms import FORMS, Form
+from scfm_jax.scaling.isoflop import best_neighbours
+from scfm_jax.scaling.law import Law, design_of
 from scfm_jax.scaling.recommend import frontier_of
-from scfm_jax.scaling.repeats import Repeats
-from scfm_jax.scaling.runs import runs_of
+from scfm_jax.scaling.runs import checked_row, runs_of
+from scfm_jax.training.config import typed
 
 FORMAT = "scfm scaling law 1"
-_PLAIN = (
-    "config",
-    "dropped",
-    "parameters",
-    "deviation",
-    "noise",
-    "huber",
-    "compared",
-    "power_law",
-    "effects",
-    "influence",
-    "cost",
-    "parabolas",
-    "trends",
-    "envelopes",
-    "predictions",
-    "predictions_why",
-    "repeats",
-    "refusals",
-)
-_LISTS: dict[str, type] = {
-    "parameters": Parameter,
-    "compared": Compared,
-    "effects": Effect,
-    "influence": Influence,
-    "parabolas": Parabola,
-    "trends": Trend,
-    "predictions": Prediction,
-}
+_MEND = "give a file that scfm scaling fit wrote"
+# All else is in the file as it is in the law.
+_APART = ("runs", "form", "estimate", "draws")
+_PLAIN = tuple(field.name for field in fields(Law) if field.name not in _APART)
 
 
 def record_of(law: Law) -> dict[str, Any]:
@@ -89,46 +66,60 @@ def read_law(path: Path) -> Law:
     Raises
     ------
     InputError
-        No file, or one of another kind.
+        No file, one of another kind, or a field that cannot be a law's.
     """
-    mend = "give a file that scfm scaling fit wrote"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, f"cannot be read ({error})", mend) from error
+    record = read_json(path, _MEND)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InputError(path, f"is no {FORMAT!r}", mend)
+        raise InputError(path, f"is no {FORMAT!r}", _MEND)
+    hints = typing.get_type_hints(Law)
+    if missing := [name for name in hints if name not in record]:
+        raise InputError(path, f"lacks {', '.join(missing)}", _MEND)
+    plain = {name: typed(hints[name], record[name], str(path), name) for name in _PLAIN}
+    rows, name = record["runs"], typed(str, record["form"], str(path), "form")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise _unfit(path, "runs")
+    if name not in FORMS:
+        raise _unfit(path, "form")
+    runs = runs_of([checked_row(row, f"{path}, run {place}") for place, row in enumerate(rows)], path)
+    (form,) = forms_for(design_of(runs, plain["config"]), [name])
+    (estimate,) = _parameters([record["estimate"]], form, path, "estimate")
+    draws = _parameters(record["draws"], form, path, "draws")
+    law = Law(**plain, runs=runs, form=form, estimate=estimate, draws=draws)
+    _check(law, path)
+    return law
+
+
+def _parameters(value: Any, form: Form, path: Path, field: str) -> Float64[np.ndarray, "r p"]:
+    """Rows of exponents, which are above 0, and coefficients, which may be 0."""
     try:
-        runs = runs_of(record["runs"], path)
-        config = LawConfig(**record["config"])
-        given = {name: record[name] for name in _PLAIN if name not in ("config", *_LISTS)}
-        lists = {name: [kind(**_tuples(row)) for row in record[name]] for name, kind in _LISTS.items()}
-        cost = record["cost"]
-        by_k = {name: {int(k): value for k, value in cost[name].items()} for name in ("factor", "passes")}
-        return Law(
-            **given
-            | lists
-            | {
-                "cost": Cost(**cost | by_k),
-                "noise": Noise(**record["noise"]),
-                "envelopes": {int(k): tuple(line) for k, line in record["envelopes"].items()},
-                "repeats": record["repeats"] and Repeats(**_tuples(record["repeats"])),
-            },
-            config=config,
-            runs=runs,
-            form=forms_for(design_of(runs, config), [record["form"]])[0],
-            estimate=np.array(record["estimate"]),
-            draws=np.array(record["draws"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(path, f"is not whole ({error!r})", mend) from error
+        found = np.array(value, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _unfit(path, field) from error
+    if found.ndim != 2 or found.shape[1] != form.n_parameters or not len(found):
+        raise _unfit(path, field)
+    if not (np.isfinite(found) & (found >= 0)).all() or not (found[:, : len(form.exponents)] > 0).all():
+        raise _unfit(path, field)
+    return found
 
 
-def _tuples(row: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples they were."""
-    return {
-        key: tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        if isinstance(value, list)
-        else value
-        for key, value in row.items()
-    }
+def _check(law: Law, path: Path) -> None:
+    """Find values that are of the right types and can be no law's."""
+    levels, cost = set(law.design.levels), law.cost
+    drawn = {parabola.k for parabola in law.parabolas} | {trend.k for trend in law.trends}
+    for field, fits in (
+        ("config.seed", law.config.seed >= 0),
+        ("runs", np.isfinite(law.runs.loss).all()),
+        ("deviation", 0 <= law.deviation < math.inf),
+        ("cost.exponent", math.isfinite(cost.exponent)),
+        *(
+            (f"cost.{name}", levels == by_k.keys() and all(0 < each < math.inf for each in by_k.values()))
+            for name, by_k in (("factor", cost.factor), ("passes", cost.passes))
+        ),
+        ("k of parabolas or trends", drawn <= levels),
+    ):
+        if not fits:
+            raise _unfit(path, field)
+
+
+def _unfit(path: Path, field: str) -> InputError:
+    return InputError(path, f"{field} cannot be that of a law of its form and runs", _MEND)

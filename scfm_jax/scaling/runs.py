@@ -6,19 +6,19 @@ compared. Fields that are not listed here are left alone.
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from scfm_jax.errors import InputError
+from scfm_jax.json_files import as_float, read_json_lines
 
 SizeField = Literal["parameters_without_embeddings", "parameters"]
 DataField = Literal["unique_cells", "cells", "tokens"]
@@ -33,6 +33,8 @@ _POSITIVE = (
     "epochs",
     "flops",
 )
+# Runs alike in all of these are one and the same.
+_SAME = (*_WHOLE, "parameters", "parameters_without_embeddings", "cells", "tokens", "unique_cells")
 _MEND = "let scfm scaling run write it, or see docs/scaling.md for the fields"
 _NAMED = 5  # runs in a message
 
@@ -125,48 +127,45 @@ def read_runs(
         No file, no runs, a line that is no run, a field that is missing or of the wrong kind, a loss that is
         no number, the same run twice, several families, a name that no run has.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, f"cannot be read ({error})", "give a results file of JSON lines") from error
-    rows = [
-        _checked(line, f"{path}:{number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    ]
-    families = sorted({row["family"] for row in rows})
+    rows = {
+        number: checked_row(row, f"{path}:{number}") for number, row in read_json_lines(path, _MEND).items()
+    }
+    families = sorted({row["family"] for row in rows.values()})
     if family is not None:
-        rows = [row for row in rows if row["family"] == family]
+        rows = {number: row for number, row in rows.items() if row["family"] == family}
         if not rows:
             raise InputError(
                 path, f"has no runs of family {family!r}", f"ask for one of {', '.join(families)}"
             )
     rows = _chosen(rows, only, without, path)
-    if len({row["family"] for row in rows}) > 1:
+    if len({row["family"] for row in rows.values()}) > 1:
         raise InputError(
             path, f"holds runs of {len(families)} families", f"add --family {'|'.join(families)}"
         )
     if not rows:
         raise InputError(path, "holds no runs", _MEND)
-    lost = [row["name"] for row in rows if not math.isfinite(row["loss"])]
+    lost = {number: row["name"] for number, row in rows.items() if not math.isfinite(row["loss"])}
     if lost and not drop_nan:
-        raise InputError(path, f"loss is no number in {_listed(lost)}", "add --drop-nan to leave them out")
-    return runs_of([row for row in rows if math.isfinite(row["loss"])], path), lost
+        problem = f"loss is no number in {_listed([f'{name} (line {n})' for n, name in lost.items()])}"
+        raise InputError(path, problem, "add --drop-nan to leave them out")
+    kept = {number: row for number, row in rows.items() if number not in lost}
+    _check_different(kept, path)
+    return runs_of(list(kept.values()), path), list(lost.values())
 
 
 def _chosen(
-    rows: list[dict[str, Any]], only: Sequence[str], without: Sequence[str], path: Path
-) -> list[dict[str, Any]]:
+    rows: dict[int, dict[str, Any]], only: Sequence[str], without: Sequence[str], path: Path
+) -> dict[int, dict[str, Any]]:
     for flag, patterns in (("--only", only), ("--without", without)):
         for pattern in patterns:
-            if not any(fnmatchcase(row["name"], pattern) for row in rows):
+            if not any(fnmatchcase(row["name"], pattern) for row in rows.values()):
                 raise InputError(flag, f"no run of {path} is named {pattern}", "give names, * for anything")
-    return [
-        row
-        for row in rows
+    return {
+        number: row
+        for number, row in rows.items()
         if (not only or any(fnmatchcase(row["name"], pattern) for pattern in only))
         and not any(fnmatchcase(row["name"], pattern) for pattern in without)
-    ]
+    }
 
 
 def runs_of(rows: list[dict[str, Any]], where: Path | str) -> Runs:
@@ -175,21 +174,10 @@ def runs_of(rows: list[dict[str, Any]], where: Path | str) -> Runs:
     Raises
     ------
     InputError
-        None are left, or the same run twice.
+        There are none.
     """
     if not rows:
         raise InputError(where, "holds no run with a loss", "train again, or give another file")
-    what = "take one of them out"
-    for name, times in Counter(row["name"] for row in rows).items():
-        if times > 1:
-            raise InputError(where, f"name {name!r} stands on {times} lines", what)
-    seen: dict[tuple[Any, ...], str] = {}
-    for row in rows:
-        key = tuple(row[field] for field in (*_WHOLE, *_POSITIVE))
-        if key in seen:
-            problem = f"{seen[key]!r} and {row['name']!r} are the same run (size, data, k and seed)"
-            raise InputError(where, problem, what)
-        seen[key] = row["name"]
     return Runs(
         name=tuple(row["name"] for row in rows),
         family=rows[0]["family"],
@@ -199,37 +187,54 @@ def runs_of(rows: list[dict[str, Any]], where: Path | str) -> Runs:
     )
 
 
-def _checked(line: str, where: str) -> dict[str, Any]:
-    """One row with a value of the right kind in each field."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(where, f"is no JSON ({error.msg})", _MEND) from error
-    if not isinstance(row, dict):
-        raise InputError(where, "is no JSON object", _MEND)
+def checked_row(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with a value of the right kind in each field; a loss that is no number is NaN or infinite.
+
+    Raises
+    ------
+    InputError
+        A field that is missing or of the wrong kind.
+    """
     missing = [field.name for field in fields(Runs) if field.name not in row]
     if missing:
         raise InputError(where, f"lacks {', '.join(missing)}", _MEND)
+
+    def refuse(field: str, problem: str, mend: str = _MEND) -> NoReturn:
+        raise InputError(where, f"{field} is {reprlib.repr(row[field])}{problem}", mend)
+
     for field in _TEXT:
-        if not isinstance(row[field], str) or not row[field]:
-            raise InputError(where, f"{field} is {row[field]!r}, no name", _MEND)
+        if not isinstance(row[field], str) or not row[field].isprintable() or not row[field]:
+            refuse(field, ", no name")
     for field in _WHOLE:
-        if not isinstance(row[field], int) or isinstance(row[field], bool) or row[field] < 0:
-            raise InputError(where, f"{field} is {row[field]!r}, no whole number from 0", _MEND)
+        if not isinstance(row[field], int) or isinstance(row[field], bool) or not 0 <= row[field] < 2**63:
+            refuse(field, ", no whole number from 0 (or one of more than 63 bits)")
+    numbers = {field: as_float(row[field]) for field in (*_POSITIVE, "loss", "loss_se")}
     for field in _POSITIVE:
-        if not _is_number(row[field]) or not 0 < row[field] < math.inf:
-            raise InputError(where, f"{field} is {row[field]!r}, no number above 0", _MEND)
+        if not 0 < (numbers[field] or 0) < math.inf:
+            refuse(field, ", no number above 0")
     if row["loss"] is None:
-        row["loss"] = math.nan
-    if not _is_number(row["loss"]) or row["loss"] <= 0:
-        raise InputError(where, f"loss is {row['loss']!r}; its logarithm is fitted", "give losses above 0")
-    if row["loss_se"] is not None and (not _is_number(row["loss_se"]) or row["loss_se"] < 0):
-        raise InputError(where, f"loss_se is {row['loss_se']!r}, no number from 0", "give one, or null")
-    return row
+        numbers["loss"] = math.nan
+    if (loss := numbers["loss"]) is None or loss <= 0:
+        refuse("loss", "; its logarithm is fitted", "give losses above 0")
+    error = numbers["loss_se"]
+    if row["loss_se"] is not None and (error is None or not 0 <= error < math.inf):
+        refuse("loss_se", ", no number from 0", "give one, or null")
+    return row | numbers
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _check_different(rows: dict[int, dict[str, Any]], path: Path) -> None:
+    """Refuse two rows of one name, or of one run; what a run cost may be counted in several ways."""
+    mend = "take one of them out"
+    names, same = dict[str, int](), dict[tuple[Any, ...], int]()
+    for number, row in rows.items():
+        name, key = row["name"], tuple(row[field] for field in _SAME)
+        if (line := names.setdefault(name, number)) != number:
+            raise InputError(f"{path}:{number}", f"name {name!r} stands on line {line} too", mend)
+        if (line := same.setdefault(key, number)) != number:
+            problem = (
+                f"{name!r} is the same run as {rows[line]['name']!r} on line {line} (size, data, k and seed)"
+            )
+            raise InputError(f"{path}:{number}", problem, mend)
 
 
 def _listed(names: list[str]) -> str:

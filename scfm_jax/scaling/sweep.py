@@ -55,7 +55,7 @@ class SweepRun:
             raise InputError(
                 f"run {self.name}", problem, "give it a RunConfig, as recipe() of experiments/ do"
             )
-        check_least(self, 0, "flops")
+        _check_least(f"run {self.name}", self, "flops")
         if self.after and self.flops:
             raise InputError(f"run {self.name}", "has both flops and after", "give it steps instead of flops")
         if self.after and self.config.initial_weights:
@@ -100,7 +100,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         _check_name("sweep", self.name)
-        check_least(self, 0, "evaluate_cells", "seed")
+        _check_least(f"sweep {self.name}", self, "evaluate_cells", "seed")
         check_runs(self.runs, self.objective)
 
     def run(self, name: str) -> SweepRun:
@@ -134,7 +134,7 @@ def load_sweep(path: Path, *, flags: Sequence[str] = ()) -> Sweep:
     try:
         sweep = from_python(path, "sweep", Sweep)
     except InputError as error:
-        raise error if error.where == str(path) else _in_file(path, error) from error
+        raise error if error.where == str(path) else within(path, error) from error
     runs = tuple(
         replace(run, config=override(run.config, flags, f"{path}, run {run.name}")) for run in sweep.runs
     )
@@ -148,11 +148,19 @@ def load_sweep(path: Path, *, flags: Sequence[str] = ()) -> Sweep:
     try:
         return replace(sweep, runs=runs)
     except InputError as error:
-        raise _in_file(path, error) from error
+        raise within(path, error) from error
 
 
-def _in_file(path: Path, error: InputError) -> InputError:
-    return InputError(f"{path}, {error.where}", error.problem, error.mend)
+def within(place: object, error: InputError) -> InputError:
+    """The same error, told with the larger place that it is in."""
+    return InputError(f"{place}, {error.where}", error.problem, error.mend)
+
+
+def _check_least(where: str, of: object, *fields: str) -> None:
+    try:
+        check_least(of, 0, *fields)
+    except ValueError as error:
+        raise InputError(where, str(error), "give it one") from error
 
 
 def _check_name(what: str, name: str) -> None:
@@ -166,10 +174,10 @@ def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | Masked
     Raises
     ------
     InputError
-        No runs; a name twice; runs of two families; other test cells, technologies, lengths of sentences or
-        (without one for all) objectives than the first run has; an objective for all that is not of their
-        family, or of another loss than they are trained by; a run after one that is not there, or after
-        itself.
+        No runs; a name or a training twice; runs of two families; other test cells, technologies, lengths of
+        sentences or (without one for all) objectives than the first run has; an objective for all that is
+        not of their family, or of another loss than they are trained by; a run after one that is not there,
+        or after itself.
     """
     if not isinstance(runs, tuple | list):
         raise InputError("sweep", f"has runs that are {type(runs).__name__}", "give a tuple of SweepRun")
@@ -183,6 +191,11 @@ def check_runs(runs: Sequence[SweepRun], objective: ColumnMaskingConfig | Masked
             raise InputError(
                 f"run {name}", f"stands {times} times in the sweep", "give each run its own name"
             )
+    same: dict[str, str] = {}
+    for run in runs:
+        if (other := same.setdefault(repr((run.config, run.flops, run.after)), run.name)) != run.name:
+            problem = f"trains what run {other} does, with the same seed"
+            raise InputError(f"run {run.name}", problem, "take one of them out, or give it another seed")
     first, named = runs[0], {run.name: run for run in runs}
     measure = _measure(first, objective)
     for run in runs:

@@ -20,11 +20,12 @@ from scfm_jax.data.tokens import EVALUATION_STEP, SampleConfig
 from scfm_jax.errors import InputError
 from scfm_jax.models.flops import Load, training_flops
 from scfm_jax.scaling.sizes import Size, size_of
-from scfm_jax.scaling.sweep import Sweep, SweepRun
+from scfm_jax.scaling.sweep import Sweep, SweepRun, within
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.train import select_cells
 
 _SAMPLED = 512  # training cells by which the tokens of a sample are reckoned
+_MOST_STEPS = 2**31 - 1  # of a checkpoint's counter
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,15 @@ def plan_sweep(
     Raises
     ------
     InputError
-        As `split_cells`; a budget that is less than a step, more training cells than there are, or a run
-        after one of another size.
+        As `split_cells`; a budget that is less than a step, more steps than can be counted, more training
+        cells than there are, or a run after one of another size.
     """
     cells = _TrainingCells(corpus)
+    for run in sweep.runs:
+        try:
+            cells.load(run.config)
+        except InputError as error:
+            raise within(f"run {run.name}", error) from error
     lengths, planned = _shared_lengths(sweep, cells), dict[str, PlannedRun]()
     while len(planned) < len(sweep.runs):
         for run in sweep.runs:
@@ -149,6 +155,9 @@ def _planned(
     of_step = training_flops(config.model, n_genes, load.scaled(batch))
     if run.flops:
         config = _spending(run, config, of_step)
+    if config.optimiser.steps > _MOST_STEPS:
+        problem = f"takes {config.optimiser.steps:.3g} steps, of which {_MOST_STEPS:,} can be counted"
+        raise InputError(f"run {run.name}", problem, "lower its flops or optimiser.steps")
     seen, training_cells, size = (
         config.optimiser.steps * batch,
         len(cells.of(config)),

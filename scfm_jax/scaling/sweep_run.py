@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,8 +20,9 @@ from scfm_jax.compilations import release_compilations
 from scfm_jax.corpus import Corpus
 from scfm_jax.corpus.split import split_cells
 from scfm_jax.downstream.model import open_model
-from scfm_jax.downstream.outputs import claimed, written_whole
+from scfm_jax.downstream.outputs import claimed, writing, written_whole
 from scfm_jax.errors import InputError
+from scfm_jax.json_files import read_json
 from scfm_jax.scaling.held_out import HeldOutErrors, held_out_errors, loss_and_error, loss_by_source
 from scfm_jax.scaling.sweep import Sweep, test_of
 from scfm_jax.scaling.sweep_plan import PlannedRun
@@ -64,13 +64,9 @@ class SweepFolder:
         InputError
             That cannot be.
         """
-        try:
+        with writing(self.path):
             for name in names:
                 (self.path / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                self.path, f"cannot be written: {error.strerror}", "name another folder"
-            ) from error
 
     def run(self, name: str) -> Path:
         """A run directory."""
@@ -93,22 +89,17 @@ class SweepFolder:
             The file is damaged.
         """
         path, mend = self.path / ROWS / f"{name}.json", "remove it, and the run is judged again"
-        try:
-            row = json.loads(path.read_text())
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             return None
-        except ValueError as error:
-            raise InputError(path, f"is no row of a run ({error})", mend) from error
-        for field in ("name", "flops", "tokens", "digest"):
-            if not isinstance(row, dict) or field not in row:
-                raise InputError(path, f"is no row of a run, as it lacks {field}", mend)
+        row = read_json(path, mend)
+        for field, kind in (("name", str), ("digest", str), ("flops", int | float), ("tokens", int | float)):
+            if not isinstance(row, dict) or not isinstance(row.get(field), kind):
+                raise InputError(path, f"has no {field} of a run", mend)
         return row
 
     def write(self, row: dict[str, Any]) -> None:
         """Keep a row, and gather all into the results file; jobs of an array may do so at once."""
-        path = self.path / ROWS / f"{row['name']}.json"
-        with written_whole(path) as partial:
-            partial.write_text(json.dumps(row) + "\n")
+        _replace(self.path / ROWS / f"{row['name']}.json", json.dumps(row) + "\n")
         self.gather()
 
     def gather(self) -> Path:
@@ -133,10 +124,7 @@ class SweepFolder:
         path = self.path / JUDGED
         if not path.exists():
             _replace(path, json.dumps(measure, indent=2) + "\n")
-        try:
-            there = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(path, f"cannot be read ({error})", "remove it") from error
+        there = read_json(path, "remove it")
         for name, value in measure.items():
             if not isinstance(there, dict) or there.get(name) != value:
                 problem = f"holds runs that are judged by another {name}, so that losses do not compare"
@@ -146,9 +134,8 @@ class SweepFolder:
 
 def _replace(path: Path, text: str) -> None:
     """Write a file, whole or not at all, whoever else does so at the same time."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def run_planned(
@@ -192,6 +179,10 @@ def run_planned(
     Stopped
         Ctrl-C or SIGTERM asked training to stop; the next call goes on.
     """
+    names = {each.run.name for each in planned}
+    for each in planned:  # before anything is made
+        if each.run.after not in names:
+            _before(each, folder)
     if is_primary():
         folder.make(ROWS, RUNS, ERRORS, LOCKS)
         folder.judge_by(judgement(sweep, corpus))

@@ -243,7 +243,9 @@ def _checked(
     columns = {"parameters": parameters, "batch": batch, "peak_rate": rate, "loss": loss}
     runs = {name: np.asarray(values, np.float64) for name, values in columns.items()}
     shapes = {values.shape for values in runs.values()}
-    if len(shapes) > 1 or np.ndim(loss) != 1 or not len(loss):
+    if shapes == {(0,)}:
+        raise InputError(where, "holds no runs", "run a sweep over rates")
+    if len(shapes) > 1 or np.ndim(loss) != 1:
         raise InputError(where, f"columns are of shapes {sorted(shapes)}", "give one value for each run")
     for name in ("parameters", "batch", "peak_rate"):
         if not (np.isfinite(runs[name]) & (runs[name] > 0)).all():

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import reprlib
 import types
 import typing
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from scfm_jax.data.loader import DataConfig
 from scfm_jax.data.ranks import RankConfig
 from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.errors import InputError, check_least
+from scfm_jax.json_files import as_float
 from scfm_jax.models.nicheformer import NicheformerConfig
 from scfm_jax.models.tissue import TissueConfig
 from scfm_jax.objectives.column_masking import ColumnMaskingConfig
@@ -291,7 +293,7 @@ def _parsed(text: str, hint: Any) -> Any:
         return text
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         value = text
     if typing.get_origin(hint) is tuple and not isinstance(value, list):
         return text.split(",")
@@ -312,7 +314,7 @@ def from_dict(kind: type[T], content: dict[str, Any], where: str, path: str = ""
     for key, value in content.items():
         if key not in known:
             raise InputError(where, f"has no field {path + key!r}", _suggestion(key, known))
-        values[key] = _typed(hints[key], value, where, path + key)
+        values[key] = typed(hints[key], value, where, path + key)
     for key, item in known.items():
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if required and key not in values:
@@ -325,32 +327,49 @@ def from_dict(kind: type[T], content: dict[str, Any], where: str, path: str = ""
         raise InputError(where, f"{path.rstrip('.') or 'config'}: {error}", "choose other values") from error
 
 
-def _typed(hint: Any, value: Any, where: str, name: str) -> Any:
+def typed(hint: Any, value: Any, where: str, name: str) -> Any:
+    """Plain data as a value of the type `hint`: dataclasses, tuples, lists, dicts and scalars.
+
+    Raises
+    ------
+    InputError
+        It is of another type; `where` and the field `name` say of what.
+    """
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where, f"{name}.")  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         kinds = [option for option in arguments if dataclasses.is_dataclass(option)]
         if kinds and isinstance(value, dict):
-            return _typed(max(kinds, key=lambda kind: _likeness(kind, value)), value, where, name)
+            return typed(max(kinds, key=lambda kind: _likeness(kind, value)), value, where, name)
         for option in arguments:
             try:
-                return _typed(option, value, where, name)
+                return typed(option, value, where, name)
             except InputError:
                 continue
     elif origin is tuple and isinstance(value, list | tuple):
-        return tuple(_typed(arguments[0], item, where, name) for item in value)
+        hints = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        if len(hints) == len(value):
+            return tuple(typed(of, item, where, name) for of, item in zip(hints, value, strict=True))
+    elif origin is list and isinstance(value, list):
+        return [typed(arguments[0], item, where, name) for item in value]
+    elif origin is dict and isinstance(value, dict):
+        of_key, of_value = arguments  # a key is text in JSON
+        return {
+            typed(of_key, _parsed(key, of_key), where, name): typed(of_value, item, where, f"{name}.{key}")
+            for key, item in value.items()
+        }
     elif origin is typing.Literal and value in arguments:
         return value
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    elif hint is float and (number := as_float(value)) is not None:
+        return number
     elif (
         hint in (int, str, bool, type(None))
         and isinstance(value, hint)
         and not (hint is int and isinstance(value, bool))
     ):
         return value
-    raise InputError(where, f"the field {name!r} cannot be {value!r}", f"give {_wanted(hint)}")
+    raise InputError(where, f"the field {name!r} cannot be {reprlib.repr(value)}", f"give {_wanted(hint)}")
 
 
 def _likeness(kind: Any, content: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,9 @@ def test_repeats_are_found_again(make_rows: Rows) -> None:
 
 # ---- the file
 
+TREND = ("size_exponent", "data_exponent", "size_intercept", "data_intercept")
+NO_INTERVALS = {"size_interval": None, "data_interval": None}
+
 
 def test_a_law_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
     path = tmp_path / "law.json"
@@ -296,19 +300,63 @@ def test_a_law_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("text", "said"),
     [
-        (lambda text: text[:100], "cannot be read"),
-        (lambda text: "[]", "is no 'scfm scaling law 1'"),
-        (lambda text: json.dumps(json.loads(text) | {"format": "other"}), "is no 'scfm scaling law 1'"),
-        (lambda text: json.dumps(json.loads(text) | {"cost": None}), "is not whole"),
-        (lambda text: json.dumps(json.loads(text) | {"runs": [{}]}), "is not whole"),
+        ('{"format"', "is no JSON"),
+        ("[" * 100_000, "is no JSON .*recursion"),
+        ("[]", "is no 'scfm scaling law 1'"),
+        ('{"format": "other"}', "is no 'scfm scaling law 1'"),
+        ('{"format": "scfm scaling law 1"}', "lacks config, runs, dropped, form"),
     ],
+    ids=reprlib.repr,
 )
-def test_a_damaged_law(law: Law, tmp_path: Path, damage: Callable[[str], str], said: str) -> None:
+def test_what_is_no_law(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "law.json"
-    write_law(law, path)
-    path.write_text(damage(path.read_text()))
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"law.json: {said}.*; give a file that scfm scaling fit wrote"):
+        read_law(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("cost", None, "the field 'cost' cannot be None; give Cost"),
+        ("runs", [{}], "law.json, run 0: lacks name, family"),
+        ("runs", {}, "runs cannot be that of a law"),
+        ("form", 5, "the field 'form' cannot be 5; give str"),
+        ("form", "other", "form cannot be that of a law"),
+        ("form", "plain", "estimate cannot be that of a law of its form and runs"),
+        ("envelopes", [], r"the field 'envelopes' cannot be \[\]; give dict"),
+        ("envelopes", {"0": [1.0]}, r"the field 'envelopes.0' cannot be \[1.0\]"),
+        ("envelopes", {"x": [1.0, 2.0]}, "the field 'envelopes' cannot be 'x'; give int"),
+        ("parameters", "x", "the field 'parameters' cannot be 'x'; give list"),
+        ("parameters", [{}], "lacks the field 'parameters.name'"),
+        ("estimate", [1], "estimate cannot be that of a law"),
+        ("estimate", None, "estimate cannot be that of a law"),
+        ("draws", None, "draws cannot be that of a law"),
+        ("draws", [], "draws cannot be that of a law"),
+        ("draws", [[1.0, 2.0]], "draws cannot be that of a law"),
+        ("draws", [[1.0], 2.0], "draws cannot be that of a law"),
+        ("draws", [[-1.0] * 7], "draws cannot be that of a law"),
+        ("draws", [[0.0] * 7], "draws cannot be that of a law"),
+        ("draws", [[10**400] * 7], "draws cannot be that of a law"),
+        ("cost.factor", {}, "cost.factor cannot be that of a law"),
+        ("cost.passes", {"0": 1.0, "4": 0.0, "16": 1.0}, "cost.passes cannot be that of a law"),
+        ("deviation", -1, "deviation cannot be that of a law"),
+        ("deviation", 10**400, "deviation cannot be that of a law"),
+        ("config.seed", -1, "config.seed cannot be that of a law"),
+        ("config.size", "length", "the field 'config.size' cannot be 'length'"),
+        ("trends", [dict.fromkeys(TREND, 1.0) | {"k": 3, "budgets": 2, **NO_INTERVALS}], "k of parabolas"),
+    ],
+    ids=reprlib.repr,
+)
+def test_a_damaged_law(law: Law, tmp_path: Path, field: str, value: object, said: str) -> None:
+    record = json.loads(json.dumps(record_of(law)))
+    *outer, last = field.split(".")
+    within = record[outer[0]] if outer else record
+    within[last] = value
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(record))
     with pytest.raises(InputError, match=said):
         read_law(path)
 

@@ -121,20 +121,28 @@ def test_bad_input_has_status_2(results: Path, tmp_path: Path, capsys: pytest.Ca
     lost = tmp_path / "lost.jsonl"
     lost.write_text("".join(json.dumps(row) + "\n" for row in rows))
     new = tmp_path / "new.json"
+    machine = ("--chips", 8, "--hours", 2, "--device", "h100")
     for words, said in (
         (("fit", tmp_path / "none.jsonl", "-o", new), "none.jsonl: cannot be read"),
-        (("fit", lost, "-o", new), "loss is no number in run-0-0; add --drop-nan"),
+        (("fit", lost, "-o", new), "loss is no number in run-0-0 (line 1); add --drop-nan"),
         (("fit", results, "-o", law), "exists already"),
-        (("fit", results, "-o", new, "--draws", 10), "--draws: 10 is too few"),
-        (("fit", results, "-o", new, "--held-out", -1), "--held-out: -1 is too few"),
+        (("fit", results, "-o", new, "--draws", 10), "--draws: 10 is too low; give 100 or more"),
+        (("fit", results, "-o", new, "--draws", 10**9), "--draws: 1000000000 is too high; give 100,000"),
+        (("fit", results, "-o", new, "--held-out", -1), "--held-out: -1 is too low"),
+        (("fit", results, "-o", new, "--seed", -1), "--seed: -1 is too low; give 0 or more"),
+        (("fit", results, "-o", "/proc/law.json"), "/proc/law.json: cannot be written: No such file or"),
+        (("fit", results, "-o", tmp_path / ("a" * 256)), "cannot be written: File name too long; name"),
         (("fit", results, "-o", new, "--delta", 0), "--delta"),
         (("fit", results, "-o", new, "--form", "power"), "2 levels of k, 6 are needed"),
         (("fit", results, "-o", new, "--repeats"), "no run has more than one epoch"),
         (("fit", results, "-o", new, "--family", "other"), "no runs of family 'other'"),
-        (("plot", results, tmp_path / "figures"), "cannot be read"),
+        (("plot", results, tmp_path / "figures"), "runs.jsonl: is no JSON"),
         (("plot", law, tmp_path), "exists already"),
+        (("plot", law, "/proc/figures"), "/proc/figures: cannot be written"),
         (("recommend", law), "--flops: is not the one budget given"),
         (("recommend", law, "--flops", 1e20, "--chips", 8), "--flops: is not the one budget given"),
+        (("recommend", law, "--flops", 1e20, "--mfu", math.nan), "--flops: is not the one budget given"),
+        (("recommend", law, *machine, "--mfu", math.nan), "--mfu: nan is no share of the peak"),
         (("recommend", law, "--chips", 8, "--hours", 2), "--flops: is not the one budget given"),
         (("recommend", law, "--chips", 8, "--hours", 2, "--device", "abacus"), "'abacus' is not known"),
         (("recommend", law, "--flops", 1e25), "times above the largest measured"),

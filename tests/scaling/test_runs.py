@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,20 @@ def test_runs_are_chosen_by_name(make_rows: Callable[..., Any], write_rows: Call
         ("loss", 0.0, r"loss is 0.0; its logarithm is fitted; give losses above 0"),
         ("loss", "nan", r"loss is 'nan'"),
         ("loss_se", -0.1, r"loss_se is -0.1"),
-        ("name", "run-0-0", r"name 'run-0-0' stands on 2 lines"),
+        ("name", "run-0-0", r"runs.jsonl:2: name 'run-0-0' stands on line 1 too; take one of them out"),
+        ("name", "a\nb", r"name is 'a.nb', no name"),
+        ("name", "\ud800", r"name is '.ud800', no name"),
+        ("k", 10**30, r"k is 10+, no whole number from 0 \(or one of more than 63 bits\)"),
+        ("seed", 2**63, r"seed is 9223372036854775808, no whole number"),
+        ("flops", 10**400, r"flops is 10+\.\.\.0+, no number above 0"),
+        ("parameters", 10**400, r"parameters is 10+\.\.\.0+, no number above 0"),
+        ("loss", -(10**400), r"loss is -10+\.\.\.0+; its logarithm"),
+        ("loss", 10**400, r"loss is no number in run-1-0 \(line 2\); add --drop-nan"),
+        ("loss_se", math.inf, r"loss_se is inf, no number from 0; give one, or null"),
+        ("loss_se", math.nan, r"loss_se is nan"),
+        ("loss_se", 10**400, r"loss_se is 10+"),
     ],
+    ids=reprlib.repr,
 )
 def test_a_bad_field_is_named(
     make_rows: Callable[..., Any], write_rows: Callable[..., Path], field: str, value: object, said: str
@@ -90,6 +102,8 @@ def test_a_missing_field_is_named(
         ("\n\n", "holds no runs"),
         ("{", "runs.jsonl:1: is no JSON"),
         ("[1]", "runs.jsonl:1: is no JSON object"),
+        ("\n" + "[" * 100_000, "runs.jsonl:2: is no JSON .*recursion"),
+        ('{"k": ' + "1" * 5_000 + "}", "runs.jsonl:1: is no JSON .*digits"),
         (b"\xff\xfe", "cannot be read"),
     ],
 )
@@ -109,7 +123,7 @@ def test_losses_that_are_no_number_are_named_and_dropped_by_a_flag(
     rows[0]["loss"], rows[2]["loss"] = math.nan, None
     path = write_rows(rows)
     assert "NaN" in path.read_text()
-    with pytest.raises(InputError, match="loss is no number in run-0-0, run-2-0; add --drop-nan"):
+    with pytest.raises(InputError, match=r"in run-0-0 \(line 1\), run-2-0 \(line 3\); add --drop-nan"):
         read_runs(path)
     runs, lost = read_runs(path, drop_nan=True)
     assert runs.name == ("run-1-0",) and lost == ["run-0-0", "run-2-0"]
@@ -118,15 +132,19 @@ def test_losses_that_are_no_number_are_named_and_dropped_by_a_flag(
         read_runs(write_rows(rows), drop_nan=True)
 
 
+@pytest.mark.parametrize("changed", [{}, {"flops": 6.0006e16}, {"epochs": 2.0}])
 def test_the_same_run_under_another_name(
-    make_rows: Callable[..., Any], write_rows: Callable[..., Path]
+    make_rows: Callable[..., Any], write_rows: Callable[..., Path], changed: dict[str, float]
 ) -> None:
     rows = make_rows(POINTS)
-    again = json.loads(json.dumps(rows[1])) | {"name": "other", "loss": 3.0}
-    with pytest.raises(InputError, match="'run-1-0' and 'other' are the same run"):
+    again = rows[1] | {"name": "other", "loss": 3.0} | changed
+    with pytest.raises(
+        InputError, match=r"runs.jsonl:4: 'other' is the same run as 'run-1-0' on line 2 .*; take one of them"
+    ):
         read_runs(write_rows([*rows, again]))
-    runs, _ = read_runs(write_rows([*rows, again | {"seed": 1}]))
-    assert len(runs) == 4
+    for field in ("seed", "k", "cells", "tokens", "unique_cells", "parameters"):
+        runs, _ = read_runs(write_rows([*rows, again | {field: again[field] + 1}]))
+        assert len(runs) == 4
 
 
 def test_one_family_at_a_time(make_rows: Callable[..., Any], write_rows: Callable[..., Path]) -> None:

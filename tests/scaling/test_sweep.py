@@ -161,6 +161,8 @@ def test_gains_are_of_pairs_on_the_same_cells(
         (["--than", "k4-*"], "run k4-a, which k2-a is held against, is not done"),
         (["--part", "top1"], "give one of loss"),
         (["--draws", "1"], "--draws"),
+        (["--draws", "1000000000"], "--draws: 1000000000 is too high"),
+        (["--seed", "-1"], "--seed: -1 is too low"),
         (["--of"], "--of: names no runs"),
     ):
         assert main([*command, *flags]) == 2
@@ -206,7 +208,7 @@ def test_two_sweeps_in_one_folder_are_judged_alike_or_refused(
         run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(out))
     assert (out / "results.jsonl").read_bytes() == before
     (tmp_path / "judged.json").write_text("{")
-    with pytest.raises(InputError, match=r"judged.json: cannot be read .*; remove it"):
+    with pytest.raises(InputError, match=r"judged.json: is no JSON .*; remove it"):
         run_planned(other, plan_sweep(other, corpus), corpus, SweepFolder(tmp_path))
 
 
@@ -267,13 +269,13 @@ def test_a_row_of_another_job_is_not_lost(tmp_path: Path, monkeypatch: pytest.Mo
     assert [*rows_of(tmp_path)] == ["b", "c", "a"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"name": "a"}'])
-def test_a_damaged_row_is_named(tmp_path: Path, text: str) -> None:
-    folder = SweepFolder(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", '{"name": "a"}', None])
+def test_a_damaged_row_is_named(tmp_path: Path, text: str | None) -> None:
+    folder, path = SweepFolder(tmp_path), tmp_path / "rows" / "a.json"
     folder.make("rows")
-    (tmp_path / "rows" / "a.json").write_text(text)
+    path.mkdir() if text is None else path.write_text(text)
     for read in (lambda: folder.row("a"), folder.gather):
-        with pytest.raises(InputError, match=r"rows/a.json: is no row of a run.*; remove it, and the run is"):
+        with pytest.raises(InputError, match=r"rows/a.json: (is|has|cannot) .*; remove it, and the run is"):
             read()
 
 
@@ -358,7 +360,7 @@ def test_a_run_that_diverges_has_no_loss(config: RunConfig, tmp_path: Path) -> N
     sweep, corpus = Sweep("wild", (SweepRun("wild", wild),), evaluate_cells=16), Corpus.open(config.corpus)
     results = run_planned(sweep, plan_sweep(sweep, corpus), corpus, SweepFolder(tmp_path / "wild"))
     assert rows_of(results.parent)["wild"]["loss"] is None
-    with pytest.raises(InputError, match="loss is no number in wild; add --drop-nan"):
+    with pytest.raises(InputError, match=r"loss is no number in wild \(line 1\); add --drop-nan"):
         read_runs(results)
 
 
@@ -418,8 +420,10 @@ def test_the_verb_plans_runs_and_goes_on(
     assert rows_of(tmp_path / "out").keys() == {"seed0", "seed1"}
     assert main([*words, "--plan"]) == 0
     assert capsys.readouterr().out.count("(done)") == 2
-    assert main([*words, "--plan", "--seed", "3"]) == 2
+    assert main([*words, "--plan", "--optimiser.clip", "3"]) == 2
     assert "run seed0 was made with another config" in capsys.readouterr().err
+    assert main([*words, "--plan", "--seed", "3"]) == 2
+    assert "run seed1: trains what run seed0 does" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

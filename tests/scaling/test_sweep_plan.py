@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from scfm_jax.data.tokens import SampleConfig
 from scfm_jax.errors import InputError
 from scfm_jax.scaling.sweep import Sweep, SweepRun
 from scfm_jax.scaling.sweep_plan import plan_sweep
+from scfm_jax.scaling.sweep_run import SweepFolder, run_planned
 from scfm_jax.training.config import RunConfig
 from scfm_jax.training.mesh import make_mesh
 from scfm_jax.training.step import make_program
@@ -38,6 +41,26 @@ def test_a_budget_becomes_steps(config: RunConfig) -> None:
         plan_sweep(less, corpus)
 
 
+@pytest.mark.parametrize(
+    ("cells", "more", "told"),
+    [
+        (
+            0,
+            {"flops": 1e30},
+            r"run w8: takes [\d.]+e\+\d\d steps, of which 2,147,483,647 can be counted; lower",
+        ),
+        (0, {"steps": 10**11}, r"run w8: takes 1e\+11 steps"),
+        (10**6, {}, r"run w8, .*: split.train_cells is 1000000, there are \d+ training cells; give"),
+    ],
+)
+def test_more_than_there_can_be_is_refused_by_the_name_of_the_run(
+    config: RunConfig, cells: int, more: dict[str, Any], told: str
+) -> None:
+    run = small(config, k=0, cells=cells, steps=more.pop("steps", 2))
+    with pytest.raises(InputError, match=told):
+        plan_sweep(Sweep("one", (SweepRun("w8", run, **more),)), Corpus.open(config.corpus))
+
+
 def test_a_run_after_another_has_read_the_cells_of_both(config: RunConfig) -> None:
     corpus = Corpus.open(config.corpus)
     few, all_cells = small(config, k=2, cells=60), small(config, steps=4, k=0)
@@ -54,6 +77,16 @@ def test_a_run_after_another_has_read_the_cells_of_both(config: RunConfig) -> No
         InputError, match=r"run late: comes after run all, which has [\d,]+ parameters and not"
     ):
         plan_sweep(Sweep("chain", wider), corpus)
+
+
+def test_a_run_before_its_turn_leaves_nothing(config: RunConfig, tmp_path: Path) -> None:
+    corpus, folder = Corpus.open(config.corpus), SweepFolder(tmp_path / "out")
+    runs = (SweepRun("all", small(config, k=0)), SweepRun("late", small(config, k=2), after="all"))
+    sweep = Sweep("chain", runs)
+    late = plan_sweep(sweep, corpus)[1:]
+    with pytest.raises(InputError, match=r"out: run late comes after run all, which is not done; run that"):
+        run_planned(sweep, late, corpus, folder)
+    assert not folder.path.exists()
 
 
 def test_flops_are_reckoned_from_the_cells_that_weights_draw(config: RunConfig) -> None:

@@ -40,6 +40,12 @@ CHANGES: dict[str, tuple[Callable[[SweepRun], SweepRun], str]] = {
         lambda run: replace(run, after="a", config=replace(run.config, initial_weights="runs/a")),
         "run b: has both initial_weights and after",
     ),
+    "nan": (lambda run: replace(run, flops=float("nan")), "run b: flops is nan, not a number from 0"),
+    "text": (lambda run: replace(run, flops="1e9"), "run b: flops is '1e9', not a number from 0"),
+    "same": (
+        lambda run: replace(run, config=replace(run.config)),
+        "run b: trains what run a does, with the same seed; take one of them out",
+    ),
     "config": (lambda run: replace(run, config=3), "run b: has a config that is int; give it a RunConfig"),
 }
 
@@ -54,6 +60,8 @@ def test_runs_that_cannot_be_compared_are_refused(config: RunConfig, name: str) 
 def test_families_do_not_mix_and_a_sweep_has_runs(config: RunConfig, ranks: RunConfig) -> None:
     with pytest.raises(InputError, match="run b: has another family than run a"):
         Sweep("two", (SweepRun("a", config), SweepRun("b", ranks)))
+    with pytest.raises(InputError, match="sweep one: evaluate_cells is -1, not a number from 0"):
+        Sweep("one", (SweepRun("a", config),), evaluate_cells=-1)
     with pytest.raises(InputError, match="sweep: has no runs"):
         Sweep("none", ())
     with pytest.raises(InputError, match="sweep: has runs that are SweepRun; give a tuple"):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,5 +252,35 @@ def test_bad_grids_are_refused() -> None:
         with pytest.raises(InputError, match=problem):
             fit_rates(**{**runs, field: values}, base=BASE)
     nothing = {name: values[:0] for name, values in runs.items()}
-    with pytest.raises(InputError, match="columns are of shapes"):
+    with pytest.raises(InputError, match="rates: holds no runs; run a sweep over rates"):
         fit_rates(**nothing, base=BASE)
+
+
+@pytest.fixture(scope="module")
+def tool() -> dict[str, Any]:
+    return runpy.run_path(str(Path(__file__).parents[2] / "tools" / "fit_rates.py"))
+
+
+ROW = {"parameters_without_embeddings": 1e4, "batch_size": 32, "peak_rate": 1e-3, "loss": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "results.jsonl: holds no runs"),
+        (["{"], "results.jsonl:1: is no JSON"),
+        ([json.dumps(ROW), "[1]"], "results.jsonl:2: is no JSON object"),
+        ([json.dumps(ROW), json.dumps(ROW | {"loss": "low"})], "results.jsonl:2: loss is 'low', no number"),
+        ([json.dumps(ROW | {"peak_rate": None})], "results.jsonl:1: peak_rate is None, no number"),
+        ([json.dumps({"loss": None})], "results.jsonl:1: parameters_without_embeddings is None"),
+        # A loss beyond all numbers is that of a run that diverged.
+        ([json.dumps(ROW | {"loss": 10**400})], "results.jsonl: no best rate in the grid"),
+    ],
+)
+def test_the_tool_says_what_is_wrong_with_its_file(
+    tool: dict[str, Any], tmp_path: Path, lines: list[str], said: str
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(InputError, match=said):
+        tool["main"](tool["Arguments"](path, size=1e4))

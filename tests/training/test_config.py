@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def test_a_flag_changes_its_field_and_no_other(flags: list[str], path: str, valu
         (["--seed", "-1"], r"seed: -1 is not a 32-bit number"),
         (["--seed", "4294967296"], r"seed: 4294967296 is not a 32-bit number"),
         (["--seed", "true"], r"'seed' cannot be True; give int"),
+        (["--seed", "[" * 100_000], r"'seed' cannot be '\[+...\[+'; give int"),
+        (["--seed", "1" * 5_000], r"'seed' cannot be '1+...1+'; give int"),
+        (["--optimiser.peak_rate", "1" * 400], r"optimiser: peak_rate is inf, not a number from 0"),
         (["--optimiser.peak_rate", "true"], r"'optimiser.peak_rate' cannot be True; give float"),
         (["--model.remat", "1"], r"'model.remat' cannot be 1; give 'none' or 'dots' or 'full'"),
         (["--objective.loss", "msee"], r"'objective.loss' cannot be 'msee'; give 'mse' or 'poisson' or 'nb'"),
@@ -102,6 +106,7 @@ def test_a_flag_changes_its_field_and_no_other(flags: list[str], path: str, valu
         (["--mesh.data", "-1", "--mesh.fsdp", "-8"], r"mesh: data is -1, not a number from 0"),
         (["--mesh.fsdp", "-1", "--mesh.tensor", "-8"], r"mesh: fsdp is -1, not a number from 1"),
     ],
+    ids=reprlib.repr,
 )
 def test_a_wrong_flag_is_one_line(flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
