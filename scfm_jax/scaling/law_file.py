@@ -39,6 +39,7 @@ def record_of(law: Law) -> dict[str, Any]:
         "names": list(law.form.names),
         **{name: _plain(getattr(law, name)) for name in _PLAIN},
         "estimate": law.estimate.tolist(),
+        "lack_of_fit": law.lack_of_fit,
         "frontier": [
             {"flops": flops, "choices": [asdict(choice) for choice in choices]}
             for flops, choices in frontier_of(law)
