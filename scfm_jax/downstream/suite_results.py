@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, Num
 
+from scfm_jax import json_files
 from scfm_jax.downstream.scores import HIGHER_IS_BETTER, PRIMARY
 from scfm_jax.errors import InputError
 
@@ -258,7 +259,7 @@ def read_results(folder: Path) -> list[Task]:
         task, a run that stands there twice, no runs at all.
     """
     tasks_path, rows_path = folder / "tasks.json", folder / "results.jsonl"
-    records = _json(tasks_path, _text(tasks_path))
+    records = read_json(tasks_path)
     if not isinstance(records, list) or not records:
         raise InputError(tasks_path, "is no list of tasks", _MEND)
     for number, record in enumerate(records):
@@ -296,7 +297,8 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 def read_json(path: Path) -> Any:
     """Content of a JSON file."""
-    return _json(path, _text(path))
+    _check_there(path)
+    return json_files.read_json(path, _MEND)
 
 
 def _task(folder: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Task:
@@ -324,7 +326,8 @@ def _task(folder: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, A
 
 
 def _rows(path: Path, kinds: Mapping[str, str]) -> list[dict[str, Any]]:
-    lines = _text(path).splitlines()
+    _check_there(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
         where = f"line {number}"
@@ -353,19 +356,11 @@ def _in_order(fold: str) -> tuple[int, str]:
     return len(fold), fold
 
 
-def _text(path: Path) -> str:
+def _check_there(path: Path) -> None:
     if not path.is_file():
         raise InputError(
             path, "is missing", "name the results folder of a suite, or run it first: scfm evaluate"
         )
-    return path.read_text(encoding="utf-8")
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(path, f"is no JSON ({error})", _MEND) from error
 
 
 def _check_fields(path: Path, where: str, row: object, fields: Mapping[str, tuple[type, ...]]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from scfm_jax import json_files
 from scfm_jax.errors import InputError
 from scfm_jax.export.family import Family, Form, Tensors
 from scfm_jax.training.run import MEANS, save_technology_means
@@ -153,10 +154,7 @@ def read_json(path: Path, folder: Path) -> dict[str, Any]:
     """A JSON object."""
     if not path.is_file():
         raise InputError(folder, f"has no {path.name}", "name a folder as Hugging Face keeps models")
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"is no JSON ({error})", "give the published file") from error
+    content = json_files.read_json(path, "give the published file")
     if not isinstance(content, dict):
         raise InputError(path, "holds no object", "give the published file")
     return content

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,19 @@ def run_planned(
     while left:
         others = dict[str, PlannedRun]()
         for each in left:
-            ready = each.run.after not in others
-            if not (ready and _run(sweep, each, corpus, folder, judged, report)):
-                others[each.run.name] = each
+            name = each.run.name
+            if each.run.after in others:
+                others[name] = each
+                continue
+            if done_row(sweep, each, corpus, folder) is None:
+                with _claim(folder, name) as mine:
+                    if not mine:
+                        others[name] = each
+                        continue
+                    if done_row(sweep, each, corpus, folder) is None:  # another may have ended meanwhile
+                        _train_and_judge(sweep, each, corpus, folder, judged, report)
+            if is_primary() and (row := folder.row(name)):
+                report(each, row)
         if len(others) == len(left):
             if said != (said := list(others)):
                 wait_for(said)
@@ -203,27 +213,16 @@ def run_planned(
     return folder.gather() if is_primary() else folder.path / RESULTS
 
 
-def _run(
-    sweep: Sweep,
-    each: PlannedRun,
-    corpus: Corpus,
-    folder: SweepFolder,
-    judged: tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]],
-    report: Callable[[PlannedRun, dict[str, Any]], None],
-) -> bool:
-    """Train and judge a run, unless that is done; False where another process is at it."""
-    name = each.run.name
-    if done_row(sweep, each, corpus, folder) is None:
-        with contextlib.ExitStack() as held:
-            if is_primary() and not held.enter_context(claimed(folder.path / LOCKS / name)):
-                if jax.process_count() == 1:
-                    return False
-                raise InputError(folder.run(name), "another process is at it", "wait until that ends")
-            if done_row(sweep, each, corpus, folder) is None:  # as another may have ended meanwhile
-                _train_and_judge(sweep, each, corpus, folder, judged, report)
-    if is_primary() and (row := folder.row(name)):
-        report(each, row)
-    return True
+@contextlib.contextmanager
+def _claim(folder: SweepFolder, name: str) -> Iterator[bool]:
+    """Whether a run is for this process, within; on several hosts the first claims it for all."""
+    if not is_primary():
+        yield True
+        return
+    with claimed(folder.path / LOCKS / name) as mine:
+        if not mine and jax.process_count() > 1:
+            raise InputError(folder.run(name), "another process is at it", "wait until that ends")
+        yield mine
 
 
 def _train_and_judge(
